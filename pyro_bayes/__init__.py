@@ -1,0 +1,17 @@
+r"""Any PyTorch network, made Bayesian.
+
+The parameters of a network are random variables. :class:`BayesianModel` puts a Gaussian prior and
+a mean-field Gaussian posterior over those that glob patterns select,
+
+.. math:: p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2), \qquad
+          q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2),
+
+and trains it through Pyro's SVI or a plain PyTorch loop, on the same :class:`torch.nn.Parameter`
+objects, while the network keeps its class and structure.
+"""
+
+from pyro_bayes.model import BayesianModel
+
+__all__ = ["BayesianModel"]
+
+__version__ = "0.1.0"

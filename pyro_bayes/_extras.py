@@ -1,0 +1,22 @@
+"""Optional dependencies."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+def require(package: str, *, extra: str) -> None:
+    """Checks that an optional dependency is there.
+
+    Arguments:
+        package: The name under which it is imported.
+        extra: The extra of this project that brings it.
+
+    Raises:
+        ImportError: If it is missing, naming the extra.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"Expected the package '{package}' to be installed; got none. Install it with"
+            f" `pip install pyro_bayes[{extra}]`."
+        )

@@ -1,0 +1,159 @@
+"""The posterior q(θ): a Pyro guide whose learned parameters are μ and log σ²."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_mean
+from torch import Tensor, nn
+
+from pyro_bayes import store
+from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.tree import plant
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class MeanField(AutoNormal):
+    r"""A mean-field Gaussian guide over named parameters.
+
+    .. math:: q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2)
+
+    It differs from its base class in three ways. Its parameters :math:`\mu` and
+    :math:`\log \sigma^2` exist from the start. They are what the optimiser and the param store
+    see, both unconstrained. Each site is a normal distribution itself, without an auxiliary site,
+    so that :class:`pyro.infer.TraceMeanField_ELBO` has the KL divergence in closed form.
+
+    Arguments:
+        prior: The prior, which names the sites.
+        parameters: The included parameters by dotted name, the initial means.
+        init_logvar: The initial :math:`\log \sigma^2`.
+        store_name: What stands in front of the names in Pyro's param store. A name that is taken
+            gets a number.
+
+    References:
+        | Weight Uncertainty in Neural Networks (Blundell et al., 2015)
+        | https://arxiv.org/abs/1505.05424
+
+    Example:
+        >>> parameters = {"w": nn.Parameter(torch.ones(2))}
+        >>> prior = GaussianPrior(parameters, variance=1.0)
+        >>> guide = MeanField(prior, parameters, init_logvar=-9.0, store_name="doc")
+        >>> guide.median()
+        {'w': tensor([1., 1.])}
+    """
+
+    means: nn.Module
+    logvars: nn.Module
+
+    def __init__(
+        self,
+        prior: GaussianPrior,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        init_logvar: float,
+        store_name: str,
+    ) -> None:
+        super().__init__(prior, init_loc_fn=init_to_mean)
+        means = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
+        logvars = {
+            n: nn.Parameter(torch.full_like(p, init_logvar).detach()) for n, p in parameters.items()
+        }
+        self.means = plant(nn.Module(), means)
+        self.logvars = plant(nn.Module(), logvars)
+        self._sites = prior.sites
+        self._wished_name = store_name
+        self._find_parameters(store.unique_name(store_name))
+        self._setup_prototype()
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def posterior(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        r"""Returns :math:`\mu` and :math:`\log \sigma^2` of each parameter by dotted name.
+
+        Values that were loaded into Pyro's param store arrive here first.
+        """
+        store.pull(self._stored)
+        return self._posterior
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Makes one sample statement per site; the arguments of the model are ignored.
+
+        Returns:
+            The draw of each site by the name of the site.
+        """
+        draws = {}
+        for site in self._sites:
+            loc, scale = self._get_loc_and_scale(site)
+            draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
+        return draws
+
+    @property
+    def locs(self) -> nn.Module:
+        """The means, under the name that the base class gives them."""
+        return self._tree("means")
+
+    @property
+    def scales(self) -> nn.Module:
+        r"""The standard deviations :math:`\sigma`, under the name that the base class gives them."""
+        logvars = self._tree("logvars").named_parameters()
+        return plant(nn.Module(), {name: (0.5 * value).exp() for name, value in logvars})
+
+    def _tree(self, name: str) -> nn.Module:
+        # Reading a plain module as an attribute would make Pyro's `module` statement.
+        return self._modules[name]  # type: ignore[return-value]
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        # The prior is all that the prototype runs: running the base would change the statistics of
+        # its batch norms. The grandparent's set-up records the sites; the parent's would
+        # add parameters of its own.
+        super(AutoNormal, self)._setup_prototype()
+
+    def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
+        parameter = self._sites[name]
+        mean, logvar = self._posterior[parameter]
+        loc = store.statement(f"{self.store_name}.means.{parameter}", mean)
+        logvar_ = store.statement(f"{self.store_name}.logvars.{parameter}", logvar)
+        return loc, (0.5 * logvar_).exp()
+
+    def _find_parameters(self, store_name: str) -> None:
+        """Looks the parameters up anew, after any of them may have been replaced."""
+        self.store_name = store_name
+        means = dict(self._tree("means").named_parameters())
+        logvars = dict(self._tree("logvars").named_parameters())
+        self._posterior = {name: (means[name], logvars[name]) for name in means}
+        self._stored = {f"{store_name}.means.{n}": p for n, p in means.items()} | {
+            f"{store_name}.logvars.{n}": p for n, p in logvars.items()
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        store.pull(self._stored)
+        super()._apply(fn, recurse)
+        self._replaced()
+        return self
+
+    def _replaced(self) -> None:
+        self._find_parameters(self.store_name)
+        held = pyro.get_param_store()
+        store.register({n: p for n, p in self._stored.items() if n in held})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The base class takes the model and the master away from the original when it is copied.
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__(), _model=model)
+        finally:
+            self._model, self.master = model, master
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_parameters(store.unique_name(self._wished_name))
+
+
+def _after_load(guide: MeanField, _: Any) -> None:
+    guide._replaced()

@@ -1,0 +1,147 @@
+"""The base inside a Pyro model: where its sites may stand, and what must be computed in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_bayes.swap import Swap
+
+_PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")
+"""The plates in which Pyro runs a whole model for several draws at once."""
+
+
+class LiftMessenger(Messenger):
+    """Watches the sample sites of a Pyro model while the base is lifted.
+
+    A network outside of plates has one set of parameters. Inside one, each index would have its
+    own, and the prior would be counted once per index, so that is an error. Flows compute their
+    density with the base, but Pyro asks for it after the model has returned and the base was
+    given back, so it is computed at once.
+
+    Attributes:
+        depth: The number of plate dimensions to the right of the particles', or `None` if Pyro
+            runs the model for one draw.
+
+    Arguments:
+        sites: The names of the sites of the base's parameters.
+    """
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        super().__init__()
+        self._sites = frozenset(sites)
+        self.depth: int | None = None
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._sites:
+            for frame in msg["cond_indep_stack"]:
+                if frame.name not in _PARTICLES:
+                    raise ValueError(
+                        f"Expected lift() outside of plates; got it inside the plate"
+                        f" '{frame.name}', which would give each index parameters of its own. Open"
+                        " `with bnn.lift() as net:` first and the plate inside."
+                    )
+                self.depth = -frame.dim - 1
+        elif isinstance(msg["fn"], ZukoToPyro) and msg["mask"] is not False:
+            fn, value = msg["fn"], msg["value"]
+            if value not in fn.cache:
+                fn.cache[value] = fn.log_prob(value)
+
+
+class Particles:
+    """A module with several draws of its parameters, all evaluated by one call.
+
+    Arguments:
+        module: The module.
+        swap: The swap of its parameters.
+        draws: The draws by name, of shape :math:`(P, *)` or, the same for all particles, :math:`*`.
+        batched: The names of those that have the dimension of size :math:`P`.
+        depth: The number of plate dimensions to the right of the particles'.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        swap: Swap,
+        draws: Mapping[str, Tensor],
+        batched: set[str],
+        depth: int,
+    ) -> None:
+        self._module, self._swap, self._draws = module, swap, dict(draws)
+        self._in_dims = {name: 0 if name in batched else None for name in draws}
+        self._size = len(draws[next(iter(batched))])
+        self._depth = depth
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        r"""Calls the module once per draw, with the same arguments for all.
+
+        Returns:
+            What the module returns, each tensor with a dimension of size :math:`P` on its left.
+            A tensor of one draw must have every plate dimension of the model.
+
+        Raises:
+            ValueError: If an argument seems to differ between particles.
+            RuntimeError: If the module cannot be batched over draws.
+        """
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                self._check(x)
+
+        def call(draws: dict[str, Tensor]) -> Any:
+            with self._swap(draws):
+                return self._module(*args, **kwargs)
+
+        batched_call = torch.vmap(call, in_dims=(self._in_dims,), randomness="different")
+        try:
+            return batched_call(self._draws)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Expected a base that torch.vmap can batch over draws; got"
+                f" {type(self._module).__name__}, which failed with: {error}. Use"
+                " vectorize_particles=False, or parallel=False in Predictive."
+            ) from error
+
+    def _check(self, x: Tensor) -> None:
+        computed = x.grad_fn is not None or not torch.is_grad_enabled()
+        if computed and x.dim() >= self._depth + 2 and len(x) == self._size:
+            raise ValueError(
+                f"Expected an input that all {self._size} particles share; got one of shape"
+                f" {tuple(x.shape)}, whose first dimension may be the particles'. Choose another"
+                " number of particles, or vectorize_particles=False (parallel=False in Predictive)."
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"Expected a call of the network; got its attribute '{name}', which has several values"
+            " when Pyro vectorises over draws. Use vectorize_particles=False, or parallel=False in"
+            " Predictive."
+        )
+
+
+def stack(
+    values: Mapping[str, Tensor], originals: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Brings the values of sites to their parameters' shapes, behind one dimension for particles.
+
+    Arguments:
+        values: The values of the sites by parameter, with any number of dimensions on their left.
+        originals: The parameters.
+
+    Returns:
+        The values, and the names of those that hold more than one draw.
+    """
+    stacked, batched = {}, set()
+    for name, value in values.items():
+        shape = originals[name].shape
+        draws = math.prod(value.shape[: value.dim() - len(shape)])
+        if draws > 1:
+            batched.add(name)
+        stacked[name] = value.reshape((draws, *shape) if draws > 1 else shape)
+    return stacked, batched

@@ -1,0 +1,250 @@
+"""Local noise: Gaussian tensors that reach an operator before they are drawn.
+
+A :class:`GaussianTensor` stands in a parameter's place. An operator with a rule in :data:`RULES`
+computes the mean and variance of its output and draws that. Any other operator gets one ordinary
+draw of the tensor, the same one for as long as the context is open.
+
+To add a rule, write one function of the operator's own signature that returns the output, or
+`NotImplemented` for arguments it does not cover, and put it under the operator's name with
+:func:`rule`. The helpers :func:`mean_of` and :func:`variance_of` read either kind of tensor, and
+:func:`noisy` draws an output from its mean and variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_bayes import gaussian
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What each operator does with Gaussian tensors, by the function that torch reports."""
+
+
+class LocalNoise:
+    """The noise of one context: every output keeps its noise until the context closes.
+
+    Rows are drawn in order and kept, so that the first rows of a larger batch meet the noise
+    that a smaller batch met.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, source: tuple[str, ...], like: Tensor) -> Tensor:
+        """Returns standard normal noise.
+
+        Arguments:
+            source: What the noise belongs to: the operator and its Gaussian parameters.
+            like: A tensor of the wanted shape, dtype and device; the last dimension holds features.
+        """
+        features = like.shape[-1:]
+        count = math.prod(like.shape[:-1])
+        key = (source, features, like.dtype, like.device)
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = like.new_empty((0, *features))
+        if len(rows) < count:
+            more = torch.randn(
+                (count - len(rows), *features), dtype=like.dtype, device=like.device
+            )
+            rows = self._rows[key] = torch.cat((rows, more)) if len(rows) else more
+        return rows[:count].view(like.shape)
+
+
+class GaussianTensor(torch.Tensor):
+    r"""A tensor of independent Gaussian elements, :math:`\mathcal{N}(\mu, \sigma^2)`.
+
+    It has no values of its own. Its shape, dtype and device are those of the mean.
+
+    Arguments:
+        mean: The means :math:`\mu`.
+        variance: Returns the variances :math:`\sigma^2`, of the same shape.
+        sample: Returns one ordinary draw. Both are called at most once.
+        name: The name of the parameter it comes from.
+        noise: The noise of the context.
+    """
+
+    def __new__(
+        cls,
+        mean: Tensor,
+        variance: Callable[[], Tensor],
+        sample: Callable[[], Tensor],
+        name: str,
+        noise: LocalNoise,
+    ) -> GaussianTensor:
+        # A wrapper without storage: an operator that went around the rules would fail, not use the
+        # mean without a word.
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device
+        )
+
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Callable[[], Tensor],
+        sample: Callable[[], Tensor],
+        name: str,
+        noise: LocalNoise,
+    ) -> None:
+        self._mean, self._name, self._noise = mean, name, noise
+        self._get_variance, self._get_sample = variance, sample
+        self._variance: Tensor | None = None
+        self._draw: Tensor | None = None
+
+    @classmethod
+    def of(cls, mean: Tensor, logvar: Tensor, name: str, noise: LocalNoise) -> GaussianTensor:
+        r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`."""
+        return cls(mean, logvar.exp, lambda: gaussian.draw(mean, logvar), name, noise)
+
+    def times(self, factor: Tensor | float) -> GaussianTensor:
+        """Returns the product with a constant."""
+        return GaussianTensor(
+            self._mean * factor,
+            lambda: variance_of(self) * factor * factor,
+            lambda: drawn(self) * factor,
+            self._name,
+            self._noise,
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"GaussianTensor({self._name!r}, shape={tuple(self._mean.shape)})"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RULES:
+            out = RULES[func](*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        to_plain = mean_of if func in _METADATA else drawn
+        return func(*tree_map(to_plain, args), **tree_map(to_plain, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Below autograd, a draw would cut the gradient.
+        raise RuntimeError(
+            f"Expected an operator that torch reports to tensor subclasses; got {func}, called from"
+            " where local noise cannot reach. Use reparameterize(local_trick=False), or exclude the"
+            " parameters that it uses."
+        )
+
+
+def _metadata() -> set[Callable[..., Any]]:
+    attributes = (
+        "device dtype is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse"
+        " is_sparse_csr is_xpu itemsize layout nbytes ndim requires_grad shape"
+    )
+    methods = (
+        "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed"
+        " ndimension nelement numel size stride"
+    )
+    found: set[Callable[..., Any]] = {
+        getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
+    }
+    found |= {getattr(Tensor, m) for m in methods.split()}
+    return found | {torch.numel, torch.is_floating_point, torch.is_complex}
+
+
+_METADATA = _metadata()
+
+
+def mean_of(value: Any) -> Any:
+    """Returns the mean of a Gaussian tensor, and anything else as it is."""
+    return value._mean if isinstance(value, GaussianTensor) else value
+
+
+def variance_of(value: GaussianTensor) -> Tensor:
+    """Returns the variance of a Gaussian tensor."""
+    if value._variance is None:
+        value._variance = value._get_variance()
+    return value._variance
+
+
+def drawn(value: Any) -> Any:
+    """Returns the one draw of a Gaussian tensor in this context, and anything else as it is."""
+    if not isinstance(value, GaussianTensor):
+        return value
+    if value._draw is None:
+        value._draw = value._get_sample()
+    return value._draw
+
+
+def noisy(operator: str, mean: Tensor, variance: Tensor, *sources: Any) -> Tensor:
+    r"""Draws an operator's output, :math:`m + \sqrt{v} \epsilon`, with the context's noise.
+
+    Arguments:
+        operator: The name of the operator.
+        mean: The mean :math:`m` of the output.
+        variance: The variance :math:`v` of the output, of the same shape.
+        sources: The operator's arguments that may be Gaussian tensors.
+
+    References:
+        | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
+        | https://arxiv.org/abs/1506.02557
+    """
+    gaussians = [s for s in sources if isinstance(s, GaussianTensor)]
+    epsilon = gaussians[0]._noise((operator, *(g._name for g in gaussians)), mean)
+    # The gradient of a square root is infinite at zero, where the variance's own is zero: the
+    # smallest normal number makes their product zero instead of NaN.
+    scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+    return torch.addcmul(mean, scale, epsilon)
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what operators do with Gaussian tensors.
+
+    Arguments:
+        functions: Every function under which torch may report the operator.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+@rule(F.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    input = drawn(input)
+    mean = F.linear(input, mean_of(weight), mean_of(bias))
+    if isinstance(weight, GaussianTensor):
+        variance = F.linear(
+            input.square(),
+            variance_of(weight),
+            variance_of(bias) if isinstance(bias, GaussianTensor) else None,
+        )
+    elif isinstance(bias, GaussianTensor):
+        variance = variance_of(bias).expand_as(mean)
+    else:
+        return F.linear(input, weight, bias)
+    return noisy("linear", mean, variance, weight, bias)
+
+
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def _mul(input: Any, other: Any) -> Any:
+    gaussian, factor = (input, other) if isinstance(input, GaussianTensor) else (other, input)
+    if isinstance(factor, GaussianTensor):
+        return NotImplemented
+    if isinstance(factor, Tensor):
+        # A mask keeps the shape. An activation times a parameter is an output, not a parameter.
+        same = torch.broadcast_shapes(factor.shape, gaussian.shape) == gaussian.shape
+        if not same or factor.requires_grad:
+            return NotImplemented
+    elif not isinstance(factor, (int, float)):
+        return NotImplemented
+    return gaussian.times(factor)

@@ -1,0 +1,523 @@
+"""The facade: a base, its prior and its guide, behind a few calls."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+
+from pyro_bayes import gaussian, store
+from pyro_bayes.guide import MeanField
+from pyro_bayes.lift import LiftMessenger, Particles, stack
+from pyro_bayes.local import GaussianTensor, LocalNoise
+from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.selection import Choice, select
+from pyro_bayes.summary import Row, Summary
+from pyro_bayes.swap import Swap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class BayesianModel(PyroModule):
+    r"""Makes a module Bayesian: a mean-field Gaussian posterior over its parameters.
+
+    .. math:: q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2), \qquad
+              p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2)
+
+    The means :math:`\mu_i` start at the base's own parameters, and :math:`\log \sigma_i^2` at
+    `init_logvar`. Both are learned, by maximising the evidence lower bound (ELBO)
+
+    .. math:: \mathcal{L} = \mathbb{E}_{q(\theta)}[\log p(y \mid x, \theta)]
+              - D_{KL}(q(\theta) \,\|\, p(\theta)),
+
+    through :meth:`lift` and Pyro's SVI, or through :meth:`reparameterize` and a plain PyTorch
+    loop. Both train the same parameters. The base keeps its class and structure; its included
+    parameters share their storage with the means, so that `base` is at any time the
+    posterior-mean network. Attributes that are not found here are looked up in the base.
+
+    Arguments:
+        base: The module. Its parameters must have been initialised.
+        init_logvar: The initial value of :math:`\log \sigma_i^2`.
+        include_params: Patterns of parameter names to include. A pattern matches the names that
+            start with it; in it, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`. A
+            `-` in a name is matched by a literal `-`. By default, all parameters are included.
+        exclude_params: Patterns of parameter names to exclude. These stay deterministic.
+        prior_var: The variance :math:`\sigma_p^2` of the prior.
+        name: What stands in front of the names of the sites, and of the parameters in Pyro's param
+            store. Two models in one Pyro model need names. By default, sites bear the
+            parameters' own names, and the store's names are numbered by construction.
+
+    Attributes:
+        base: The module.
+        prior: The prior, a Pyro module with one sample site per included parameter.
+        guide: The posterior, a Pyro guide.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is out of range, or a pattern matches nothing.
+
+    References:
+        | Weight Uncertainty in Neural Networks (Blundell et al., 2015)
+        | https://arxiv.org/abs/1505.05424
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> bnn = BayesianModel(net, init_logvar=-9.0)
+        >>> x, y, dataset_size = torch.randn(5, 3), torch.randn(5, 1), 100
+        >>> with bnn.reparameterize() as model:
+        ...     nll = nn.functional.mse_loss(model(x), y)
+        >>> loss = nll + bnn.kl_divergence() / dataset_size
+        >>> loss.backward()
+    """
+
+    base: nn.Module
+    prior: GaussianPrior
+    guide: MeanField
+
+    def __init__(
+        self,
+        base: nn.Module,
+        init_logvar: float = -9.0,
+        include_params: str | Sequence[str] = ("",),
+        exclude_params: str | Sequence[str] = (),
+        *,
+        prior_var: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(base, nn.Module):
+            raise TypeError(f"Expected base to be an nn.Module; got {type(base).__name__}.")
+        if not _is_number(init_logvar) or not math.isfinite(init_logvar):
+            raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
+        _check_prior_var(prior_var)
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"Expected name to be a non-empty string or None; got {name!r}.")
+
+        super().__init__()
+        self._choices = select(base, include_params, exclude_params)
+        parameters = dict(base.named_parameters())
+        included = {c.name: parameters[c.name] for c in self._choices if c.included}
+        prior = GaussianPrior(included, variance=float(prior_var), site_prefix=name or "")
+        guide = MeanField(
+            prior,
+            included,
+            init_logvar=float(init_logvar),
+            store_name=name or type(self).__name__,
+        )
+        # `PyroModule.add_module` would rename the prior's sites after the attribute.
+        for key, module in {"base": base, "prior": prior, "guide": guide}.items():
+            nn.Module.add_module(self, key, module)
+        for parameter in included.values():
+            parameter.requires_grad_(False)
+        self._pyro_set_supermodule("", self._pyro_context)
+        self.register_state_dict_post_hook(_drop_included)
+        self.register_load_state_dict_pre_hook(_add_included)
+        self.register_load_state_dict_post_hook(_after_load)
+        self._prepare()
+
+    # Draws
+
+    def sample_params(self) -> dict[str, Tensor]:
+        r"""Returns model parameters sampled from the posterior.
+
+        .. math:: \theta_i = \mu_i + \sigma_i \epsilon_i, \quad \epsilon_i \sim \mathcal{N}(0, 1)
+
+        Gradients flow to the posterior's parameters.
+
+        Returns:
+            The draws by parameter name, of the parameters' shapes.
+
+        Example:
+            >>> bnn = BayesianModel(nn.Linear(3, 1))
+            >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
+            {'weight': (1, 3), 'bias': (1,)}
+        """
+        with self._lock():
+            posterior = self._guide.posterior()
+            return {name: gaussian.draw(*q) for name, q in posterior.items()}
+
+    def sample_model(self) -> nn.Module:
+        """Returns a standalone copy of the base with parameters sampled from the posterior.
+
+        The copy can be used like the base, and all its included parameters train.
+
+        Warning:
+            Gradients do not flow from the copy to the posterior. Use :meth:`reparameterize` for
+            training.
+
+        Returns:
+            The sampled model.
+
+        Example:
+            >>> bnn = BayesianModel(nn.Linear(3, 1))
+            >>> bnn.sample_model()
+            Linear(in_features=3, out_features=1, bias=True)
+        """
+        with self._lock(), torch.no_grad():
+            draws = self.sample_params()
+            with self._swap(self._swap.originals):
+                model = copy.deepcopy(self._base)
+            parameters = dict(model.named_parameters())
+            for name, draw in draws.items():
+                parameters[name].copy_(draw)
+                parameters[name].requires_grad_()
+        return model
+
+    @contextmanager
+    def reparameterize(self, local_trick: bool = False) -> Iterator[nn.Module]:
+        """Reparameterizes the base from the posterior while the context is open.
+
+        Within the context, the base behaves deterministically: the same inputs give the same
+        outputs. Gradients flow to the posterior's parameters, and the loss may be computed inside
+        or after. The base is given back on the way out, also by exception.
+
+        Contexts of one model nest. Threads wait for each other.
+
+        Arguments:
+            local_trick: Whether linear layers sample their outputs from the distribution that the
+                posterior induces, instead of their weights, which lowers the variance of
+                gradients. Operators without a rule for it use one draw of their parameters. The
+                noise belongs to the position of an example in the batch, so that it is independent
+                between the examples, and between the positions of a sequence.
+
+        Yields:
+            The reparameterized base.
+
+        References:
+            | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
+            | https://arxiv.org/abs/1506.02557
+
+        Example:
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.reparameterize(local_trick=True) as model:
+            ...     bool((model(x) == model(x)).all())
+            True
+        """
+        with self._lock():
+            values: Mapping[str, Tensor]
+            if local_trick:
+                noise = LocalNoise()
+                posterior = self._guide.posterior()
+                values = {n: GaussianTensor.of(*q, n, noise) for n, q in posterior.items()}
+            else:
+                values = self.sample_params()
+            with self._swap(values):
+                yield self._base
+
+    def kl_divergence(self, prior_var: float | None = None) -> Tensor:
+        r"""Computes the KL divergence between the posterior and the prior in closed form.
+
+        .. math:: D_{KL}(q(\theta) \,\|\, p(\theta)) = \frac{1}{2} \sum_i \left[
+                  \frac{\sigma_i^2 + \mu_i^2}{\sigma_p^2} - 1
+                  - \log \frac{\sigma_i^2}{\sigma_p^2} \right]
+
+        It is a sum over all included parameters, to be added to the negative log-likelihood of a
+        whole dataset, or divided by the number of data points and added to that of one point.
+
+        Arguments:
+            prior_var: The variance :math:`\sigma_p^2` of the prior, that of the model by default.
+
+        Returns:
+            The divergence in nats, a 0-dim tensor.
+
+        Raises:
+            ValueError: If `prior_var` is not positive.
+
+        Example:
+            >>> bnn = BayesianModel(nn.Linear(3, 1), init_logvar=0.0)
+            >>> nn.init.zeros_(bnn.base.weight), nn.init.zeros_(bnn.base.bias)
+            (...)
+            >>> bnn.kl_divergence()
+            tensor(0., grad_fn=<...>)
+        """
+        if prior_var is None:
+            prior_var = self._prior.variance
+        _check_prior_var(prior_var)
+        with self._lock():
+            posterior = self._guide.posterior().values()
+        terms = [gaussian.kl_divergence(*q, prior_var=float(prior_var)) for q in posterior]
+        kl = terms[0]
+        for term in terms[1:]:
+            kl = kl + term.to(kl.device)
+        dtypes = {mean.dtype for mean, _ in posterior}
+        return kl.to(dtypes.pop()) if len(dtypes) == 1 else kl
+
+    # Pyro
+
+    @contextmanager
+    def lift(self) -> Iterator[Any]:
+        """Makes the sample statements of a Pyro model, and holds the values in the base.
+
+        There is one statement per included parameter, of its dotted name (behind the model's name
+        and a dot, if it has one), and one `pyro.param` statement per deterministic parameter that
+        trains. Open it once per run of the model, outside of plates, and call the network as often
+        as needed. Whatever the network computes lazily must be computed inside, except for the
+        densities of :class:`pyro.contrib.zuko.ZukoToPyro` sites, which are.
+
+        When Pyro vectorises over draws (`vectorize_particles=True`, or `parallel=True` in
+        :class:`pyro.infer.Predictive`), calls of the network are batched by :func:`torch.vmap`.
+
+        Yields:
+            The base. When Pyro vectorises, a callable that stands for it.
+
+        Raises:
+            RuntimeError: If the model already made these statements.
+            ValueError: If it is used inside a plate.
+
+        Example:
+            >>> import pyro.distributions as dist
+            >>> from pyro.infer import SVI, Trace_ELBO
+            >>> bnn = BayesianModel(nn.Linear(3, 1))
+            >>> def model(x, y=None):
+            ...     with bnn.lift() as net:
+            ...         mean = net(x).squeeze(-1)
+            ...     with pyro.plate("data", len(x)):
+            ...         pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
+            >>> svi = SVI(model, bnn.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+            >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
+        """
+        with self._lock(), LiftMessenger(self._prior.sites) as messenger:
+            try:
+                values = self._prior()
+            except RuntimeError as error:
+                if "Multiple sample sites" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"Expected one lift() per run of a Pyro model; got a second one ({error}). Open"
+                    " one `with bnn.lift() as net:` and call `net` as often as needed. Two models"
+                    " need names of their own: BayesianModel(..., name='encoder')."
+                ) from error
+            for name, parameter in self._deterministic().items():
+                values[name] = store.statement(self._store_key(name), parameter)
+            values, batched = stack(values, self._swap.originals)
+            if batched:
+                yield Particles(self._base, self._swap, values, batched, messenger.depth or 0)
+            else:
+                with self._swap(values):
+                    yield self._base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Lifts the base and calls it, inside a Pyro model.
+
+        Arguments:
+            args: The positional arguments of the base.
+            kwargs: The keyword arguments of the base.
+
+        Returns:
+            What the base returns.
+
+        Raises:
+            RuntimeError: If no Pyro handler is active.
+        """
+        if not am_i_wrapped():
+            raise RuntimeError(
+                "Expected a call inside a Pyro model; got one outside, where it is not said which"
+                " parameters to use. Use `with bnn.reparameterize() as model:` to train or predict"
+                " with one draw, `bnn.sample_model()` for a sampled copy, `bnn.sample_params()` for"
+                " the draws alone, or `with bnn.lift() as net:` in a Pyro model"
+                " (`bnn.kl_divergence()` is the divergence, `bnn.base` the posterior-mean network)."
+            )
+        with self.lift() as net:
+            return net(*args, **kwargs)
+
+    # Parameters
+
+    @property
+    def means(self) -> nn.Module:
+        r"""The posterior means :math:`\mu`, a module with the parameters' own dotted names."""
+        return self.guide.locs
+
+    @property
+    def logvars(self) -> nn.Module:
+        r"""The posterior's :math:`\log \sigma^2`, a module with the parameters' own dotted names."""
+        return self.guide.logvars
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Returns the parameters that may train: those of the posterior, and deterministic ones.
+
+        The base's included parameters share storage with the means and never get a gradient, so
+        they are left out.
+
+        Arguments:
+            prefix: What stands in front of the names.
+            recurse: Whether to include those of submodules.
+            remove_duplicate: Whether a shared parameter is named once.
+
+        Yields:
+            Pairs of name and parameter.
+        """
+        self._pull()
+        hidden = {id(self._swap.originals[c.name]) for c in self._choices if c.included}
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) not in hidden:
+                yield name, parameter
+
+    def summary(self) -> Summary:
+        r"""Prints a table of the parameters.
+
+        Its columns are the name, the shape, whether the parameter is included and by which
+        pattern, the prior, and the current mean of :math:`|\mu| / \sigma`.
+
+        Returns:
+            The table; its `rows` can be read.
+
+        Raises:
+            ImportError: If the extra `rich` is not installed.
+
+        Example:
+            >>> rows = BayesianModel(nn.Linear(3, 1), exclude_params="bias").summary().rows
+            <BLANKLINE>
+            ...
+            >>> [row.parameter for row in rows if row.included]
+            ['weight']
+        """
+        posterior = self.guide.posterior()
+        rows = []
+        for choice in self._choices:
+            signal = None
+            parameter = self._swap.originals[choice.name]
+            prior = "none, trains" if parameter.requires_grad else "none, fixed"
+            if choice.included:
+                mean, logvar = (p.detach() for p in posterior[choice.name])
+                signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
+                prior = f"N(0, {self._prior.variance:g})"
+            name = " = ".join((choice.name, *choice.aliases))
+            rows.append(Row(name, tuple(parameter.shape), choice.included, choice.reason, prior, signal))
+        count = sum(math.prod(row.shape) for row in rows if row.included)
+        summary = Summary(
+            f"{type(self).__name__} of {type(self._base).__name__}:"
+            f" {count} Bayesian parameters, '{self._guide.store_name}' in the param store",
+            rows,
+        )
+        summary.print()
+        return summary
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            # Read past PyroModule, which would make a `pyro.module` statement of the base.
+            if "_swap" in self.__dict__:
+                self._pull()
+                self._tie()
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in modules or name.startswith("__"):
+                raise
+        try:
+            return getattr(modules["base"], name)
+        except AttributeError:
+            raise AttributeError(
+                f"Expected an attribute of {type(self).__name__} or of its base"
+                f" {type(modules['base']).__name__}; got '{name}'."
+            ) from None
+
+    # The tie between base and posterior
+
+    @property
+    def _base(self) -> nn.Module:
+        return self._modules["base"]  # type: ignore[return-value]
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        return self._modules["prior"]  # type: ignore[return-value]
+
+    @property
+    def _guide(self) -> MeanField:
+        return self._modules["guide"]  # type: ignore[return-value]
+
+    def _prepare(self) -> None:
+        """Looks the parameters up, after any of them may have been replaced, and ties them."""
+        self._mutex = threading.RLock()
+        self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
+        self._tie()
+
+    def _tie(self) -> None:
+        """Lets the base's included parameters share the storage of the means."""
+        originals = self._swap.originals
+        for name, mean in self._guide.locs.named_parameters():
+            if originals[name].data_ptr() != mean.data_ptr():
+                originals[name].data = mean.data
+
+    def _deterministic(self) -> dict[str, nn.Parameter]:
+        """Returns the excluded parameters that train, by name."""
+        originals = self._swap.originals
+        excluded = (c.name for c in self._choices if not c.included)
+        return {name: originals[name] for name in excluded if originals[name].requires_grad}
+
+    def _store_key(self, name: str) -> str:
+        return f"{self._guide.store_name}.base.{name}"
+
+    def _pull(self) -> None:
+        self._guide.posterior()
+        store.pull({self._store_key(name): p for name, p in self._deterministic().items()})
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        # A compiled function runs in one thread, and cannot hold a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._pull()
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        # As a child of a Pyro module, the model shares its parent's context, so that one run of
+        # the parent draws each site once. The names of sites and stored parameters stay its own.
+        self._pyro_name = name
+        self._pyro_context = context
+        for module in self._prior.modules():
+            module._pyro_context = context  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+
+def _drop_included(model: BayesianModel, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leaves the base's included parameters out of a state dict: they are the means."""
+    for choice in model._choices:
+        for name in (choice.name, *choice.aliases) if choice.included else ():
+            state.pop(f"{prefix}base.{name}", None)
+
+
+def _add_included(
+    model: BayesianModel, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Puts the means in the base's places again before a state dict is loaded."""
+    model._pull()
+    for choice in model._choices:
+        mean = state.get(f"{prefix}guide.means.{choice.name}")
+        for name in (choice.name, *choice.aliases) if mean is not None else ():
+            state.setdefault(f"{prefix}base.{name}", mean)
+
+
+def _after_load(model: BayesianModel, _: Any) -> None:
+    model._prepare()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_prior_var(prior_var: Any) -> None:
+    if not _is_number(prior_var) or not 0 < prior_var < math.inf:
+        raise ValueError(f"Expected prior_var to be a positive, finite number; got {prior_var!r}.")

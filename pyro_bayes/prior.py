@@ -1,0 +1,81 @@
+"""The prior p(θ): one Pyro sample site per included parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor, nn
+
+from pyro_bayes.tree import plant
+
+
+class GaussianSite:
+    r"""The prior :math:`\mathcal{N}(0, \sigma_p^2 I)` of one parameter, as a Pyro prior function.
+
+    Arguments:
+        shape: The shape of the parameter.
+        scale: The name of the buffer that holds :math:`\sigma_p`, in the site's module.
+    """
+
+    def __init__(self, shape: torch.Size, scale: str) -> None:
+        self.shape = shape
+        self.scale = scale
+
+    def __call__(self, module: nn.Module) -> dist.TorchDistribution:
+        scale = module.get_buffer(self.scale)
+        return dist.Normal(torch.zeros_like(scale), scale).expand(self.shape).to_event()
+
+
+class GaussianPrior(PyroModule):
+    r"""Independent Gaussian priors over named parameters.
+
+    .. math:: p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2)
+
+    Each site bears the dotted name of its parameter, behind `site_prefix` and a dot if there is
+    one. The distributions follow the module's dtype and device.
+
+    Attributes:
+        variance: The variance of every element.
+        sites: The parameters' names by the names of their sites.
+
+    Arguments:
+        parameters: The included parameters by dotted name; only shape, dtype and device are used.
+        variance: The variance :math:`\sigma_p^2` of every element.
+        site_prefix: What stands in front of each site's name.
+
+    Example:
+        >>> prior = GaussianPrior({"w": nn.Parameter(torch.zeros(2))}, variance=4.0)
+        >>> prior()["w"].shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, variance: float, site_prefix: str = ""
+    ) -> None:
+        super().__init__(site_prefix)
+        self.variance = variance
+        self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
+        plant(
+            self,
+            {
+                name: PyroSample(GaussianSite(p.shape, name.rpartition(".")[2] + "_scale"))
+                for name, p in parameters.items()
+            },
+            node=PyroModule,
+        )
+        for name, parameter in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            scale = torch.full((), variance**0.5, dtype=parameter.dtype, device=parameter.device)
+            self.get_submodule(path).register_buffer(leaf + "_scale", scale, persistent=False)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Makes the sample statements.
+
+        Returns:
+            The value of each site by the name of its parameter.
+        """
+        return {name: attrgetter(name)(self) for name in self.sites.values()}

@@ -1,0 +1,138 @@
+"""Putting tensors in the place of a module's parameters, and giving the module back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_MISSING: Any = object()
+
+
+class Swap:
+    """The places at which the parameters of a module stand, prepared once.
+
+    A parameter stands wherever a submodule registers it, several times if it is tied, and in the
+    lists of parameters that recurrent layers keep. A swap writes to these places only: the
+    parameters themselves are not touched.
+
+    This is the one user of the private `nn.Module._parameters` and `nn.Module._modules`: torch has
+    no public call that swaps parameters and stays open while the user computes.
+
+    Arguments:
+        module: The module.
+        names: The names of each parameter, aliases included, by its first name.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> swap = Swap(net, {"weight": ["weight"]})
+        >>> with swap({"weight": torch.zeros(1, 2)}):
+        ...     net.weight
+        tensor([[0., 0.]])
+        >>> isinstance(net.weight, nn.Parameter)
+        True
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
+        self._module = module
+        self._names = names
+        self._open = 0
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Looks the places up anew, after parameters have rightly been replaced.
+
+        Raises:
+            RuntimeError: If a name has no parameter any more.
+        """
+        modules = dict(self._module.named_modules(remove_duplicate=False))
+        distinct = list(self._module.modules())
+        lists = [
+            (m.__dict__, key, value)
+            for m in distinct
+            for key, value in m.__dict__.items()
+            if type(value) is list
+        ]
+        self._places: dict[str, list[tuple[Any, Any]]] = {}
+        self._originals: dict[str, nn.Parameter] = {}
+        # What must still be there when the places are used: (container, key, expected).
+        self._expected: list[tuple[Any, Any, Any]] = [
+            (m._modules, key, child) for m in distinct for key, child in m._modules.items()
+        ]
+        for name, aliases in self._names.items():
+            places: list[tuple[Any, Any]] = []
+            for alias in aliases:
+                path, _, leaf = alias.rpartition(".")
+                if path not in modules or modules[path]._parameters.get(leaf) is None:
+                    raise RuntimeError(
+                        f"Expected the base to have the parameter '{alias}', as it had when it"
+                        " was wrapped; got none. Wrap the changed module in a new BayesianModel."
+                    )
+                places.append((modules[path]._parameters, leaf))
+            container, leaf = places[0]
+            original = self._originals[name] = container[leaf]
+            self._expected += [(c, k, original) for c, k in places]
+            for owner, key, value in lists:
+                found = [(value, i) for i, item in enumerate(value) if item is original]
+                places += found
+                self._expected += [(owner, key, value)] if found else []
+            self._places[name] = places
+        self._attributes = [
+            (m.__dict__, key)
+            for m in distinct
+            for key, value in m.__dict__.items()
+            if isinstance(value, Tensor)
+        ]
+        self._modes = [m.__dict__ for m in distinct]
+
+    def _verify(self) -> None:
+        if all(c.get(k, _MISSING) is v for c, k, v in self._expected):
+            return
+        known = self._originals
+        self.prepare()
+        changed = [name for name, p in known.items() if self._originals[name] is not p]
+        if changed:
+            self._originals = known
+            self._expected.append(({}, changed[0], known[changed[0]]))
+            raise RuntimeError(
+                "Expected the base to keep the parameters it was wrapped with; got others at"
+                f" {changed}. Wrap the changed module in a new BayesianModel."
+            )
+
+    @property
+    def originals(self) -> dict[str, nn.Parameter]:
+        """The module's own parameters by first name."""
+        return self._originals
+
+    @contextmanager
+    def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Holds values in the place of parameters while the context is open.
+
+        On the way out, also by exception, every place holds again what it held, each submodule is
+        in the mode (training or evaluation) it was in, and attributes that held a plain tensor,
+        such as the weights that weight norm computes, hold it again.
+
+        Arguments:
+            values: The tensors by the first names of the parameters they stand for.
+
+        Raises:
+            RuntimeError: If the module has lost or replaced one of its parameters.
+        """
+        if not self._open:
+            self._verify()
+        saved = [(c, k, c[k]) for name in values for c, k in self._places[name]]
+        attributes = [(d, k, d.get(k, _MISSING)) for d, k in self._attributes]
+        modes = [(d, "training", d["training"]) for d in self._modes]
+        self._open += 1
+        try:
+            for name, value in values.items():
+                for container, key in self._places[name]:
+                    container[key] = value
+            yield
+        finally:
+            self._open -= 1
+            for container, key, value in saved + attributes + modes:
+                if value is not _MISSING:
+                    container[key] = value
