@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def draw(mean: Tensor, logvar: Tensor) -> Tensor:
+def draw(mean: Tensor, logvar: Tensor, epsilon: Tensor | None = None) -> Tensor:
     r"""Draws :math:`\mu + \sigma \epsilon` with :math:`\epsilon \sim \mathcal{N}(0, I)`.
 
     The draw is differentiable with respect to both arguments.
@@ -16,6 +16,7 @@ def draw(mean: Tensor, logvar: Tensor) -> Tensor:
     Arguments:
         mean: The means :math:`\mu`, of any shape.
         logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
+        epsilon: The noise :math:`\epsilon`, of the same shape; new noise by default.
 
     Returns:
         One draw, with the shape, dtype and device of the mean.
@@ -28,11 +29,13 @@ def draw(mean: Tensor, logvar: Tensor) -> Tensor:
         >>> draw(torch.tensor([1.0, 2.0]), torch.full((2,), -80.0))
         tensor([1., 2.])
     """
-    return torch.addcmul(mean, (0.5 * logvar).exp(), torch.randn_like(mean))
+    if epsilon is None:
+        epsilon = torch.randn_like(mean)
+    return torch.addcmul(mean, (0.5 * logvar).exp(), epsilon)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float) -> Tensor:
-    r"""Returns :math:`D_{KL}(\mathcal{N}(\mu, \sigma^2) \,\|\, \mathcal{N}(0, \sigma_p^2))`, summed.
+    r"""Returns :math:`D_{KL}(\mathcal{N}(\mu, \sigma^2) \| \mathcal{N}(0, \sigma_p^2))`, summed.
 
     .. math:: \frac{1}{2} \sum_i \left[ e^{a_i} - 1 - a_i + \frac{\mu_i^2}{\sigma_p^2} \right],
               \qquad a_i = \log \frac{\sigma_i^2}{\sigma_p^2}

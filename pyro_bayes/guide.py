@@ -94,13 +94,13 @@ class MeanField(AutoNormal):
         return draws
 
     @property
-    def locs(self) -> nn.Module:
+    def locs(self) -> nn.Module:  # type: ignore[override]
         """The means, under the name that the base class gives them."""
         return self._tree("means")
 
     @property
-    def scales(self) -> nn.Module:
-        r"""The standard deviations :math:`\sigma`, under the name that the base class gives them."""
+    def scales(self) -> nn.Module:  # type: ignore[override]
+        r"""The deviations :math:`\sigma`, under the name that the base class gives them."""
         logvars = self._tree("logvars").named_parameters()
         return plant(nn.Module(), {name: (0.5 * value).exp() for name, value in logvars})
 

@@ -35,7 +35,7 @@ class LocalNoise:
     """
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[Any, ...], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, source: tuple[str, ...], like: Tensor) -> Tensor:
         """Returns standard normal noise.
@@ -47,15 +47,39 @@ class LocalNoise:
         features = like.shape[-1:]
         count = math.prod(like.shape[:-1])
         key = (source, features, like.dtype, like.device)
-        rows = self._rows.get(key)
+        rows = self._kept.get(key)
         if rows is None:
             rows = like.new_empty((0, *features))
         if len(rows) < count:
-            more = torch.randn(
-                (count - len(rows), *features), dtype=like.dtype, device=like.device
-            )
-            rows = self._rows[key] = torch.cat((rows, more)) if len(rows) else more
+            more = torch.randn((count - len(rows), *features), dtype=like.dtype, device=like.device)
+            rows = self._kept[key] = torch.cat((rows, more)) if len(rows) else more
         return rows[:count].view(like.shape)
+
+    def of_parameter(self, name: str, like: Tensor) -> Tensor:
+        """Returns the standard normal noise of a parameter's one draw.
+
+        Arguments:
+            name: The name of the parameter.
+            like: A tensor of its shape, dtype and device.
+        """
+        key = (name, like.shape, like.dtype, like.device)
+        if key not in self._kept:
+            self._kept[key] = torch.randn_like(like)
+        return self._kept[key]
+
+
+class _Once:
+    """A tensor that is computed when it is first needed, and again if it then had no gradient."""
+
+    def __init__(self, compute: Callable[[], Tensor], source: Tensor) -> None:
+        self._compute, self._source = compute, source
+        self._value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        wanted = torch.is_grad_enabled() and self._source.requires_grad
+        if self._value is None or (wanted and not self._value.requires_grad):
+            self._value = self._compute()
+        return self._value
 
 
 class GaussianTensor(torch.Tensor):
@@ -66,7 +90,7 @@ class GaussianTensor(torch.Tensor):
     Arguments:
         mean: The means :math:`\mu`.
         variance: Returns the variances :math:`\sigma^2`, of the same shape.
-        sample: Returns one ordinary draw. Both are called at most once.
+        sample: Returns one ordinary draw, the same at each call.
         name: The name of the parameter it comes from.
         noise: The noise of the context.
     """
@@ -81,7 +105,7 @@ class GaussianTensor(torch.Tensor):
     ) -> GaussianTensor:
         # A wrapper without storage: an operator that went around the rules would fail, not use the
         # mean without a word.
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device
         )
 
@@ -94,14 +118,16 @@ class GaussianTensor(torch.Tensor):
         noise: LocalNoise,
     ) -> None:
         self._mean, self._name, self._noise = mean, name, noise
-        self._get_variance, self._get_sample = variance, sample
-        self._variance: Tensor | None = None
-        self._draw: Tensor | None = None
+        self._get_variance, self._get_sample = _Once(variance, mean), _Once(sample, mean)
 
     @classmethod
     def of(cls, mean: Tensor, logvar: Tensor, name: str, noise: LocalNoise) -> GaussianTensor:
         r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`."""
-        return cls(mean, logvar.exp, lambda: gaussian.draw(mean, logvar), name, noise)
+
+        def sample() -> Tensor:
+            return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
+
+        return cls(mean, logvar.exp, sample, name, noise)
 
     def times(self, factor: Tensor | float) -> GaussianTensor:
         """Returns the product with a constant."""
@@ -113,7 +139,7 @@ class GaussianTensor(torch.Tensor):
             self._noise,
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"GaussianTensor({self._name!r}, shape={tuple(self._mean.shape)})"
 
     def __hash__(self) -> int:
@@ -132,7 +158,7 @@ class GaussianTensor(torch.Tensor):
         return func(*tree_map(to_plain, args), **tree_map(to_plain, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         # Below autograd, a draw would cut the gradient.
@@ -169,18 +195,12 @@ def mean_of(value: Any) -> Any:
 
 def variance_of(value: GaussianTensor) -> Tensor:
     """Returns the variance of a Gaussian tensor."""
-    if value._variance is None:
-        value._variance = value._get_variance()
-    return value._variance
+    return value._get_variance()
 
 
 def drawn(value: Any) -> Any:
     """Returns the one draw of a Gaussian tensor in this context, and anything else as it is."""
-    if not isinstance(value, GaussianTensor):
-        return value
-    if value._draw is None:
-        value._draw = value._get_sample()
-    return value._draw
+    return value._get_sample() if isinstance(value, GaussianTensor) else value
 
 
 def noisy(operator: str, mean: Tensor, variance: Tensor, *sources: Any) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
@@ -21,7 +20,7 @@ from pyro_bayes.guide import MeanField
 from pyro_bayes.lift import LiftMessenger, Particles, stack
 from pyro_bayes.local import GaussianTensor, LocalNoise
 from pyro_bayes.prior import GaussianPrior
-from pyro_bayes.selection import Choice, select
+from pyro_bayes.selection import select
 from pyro_bayes.summary import Row, Summary
 from pyro_bayes.swap import Swap
 
@@ -334,12 +333,12 @@ class BayesianModel(PyroModule):
 
     @property
     def means(self) -> nn.Module:
-        r"""The posterior means :math:`\mu`, a module with the parameters' own dotted names."""
+        r"""The posterior means :math:`\mu`, a module with the parameters' own names."""
         return self.guide.locs
 
     @property
     def logvars(self) -> nn.Module:
-        r"""The posterior's :math:`\log \sigma^2`, a module with the parameters' own dotted names."""
+        r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
         return self.guide.logvars
 
     def named_parameters(
@@ -394,7 +393,9 @@ class BayesianModel(PyroModule):
                 signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
                 prior = f"N(0, {self._prior.variance:g})"
             name = " = ".join((choice.name, *choice.aliases))
-            rows.append(Row(name, tuple(parameter.shape), choice.included, choice.reason, prior, signal))
+            rows.append(
+                Row(name, tuple(parameter.shape), choice.included, choice.reason, prior, signal)
+            )
         count = sum(math.prod(row.shape) for row in rows if row.included)
         summary = Summary(
             f"{type(self).__name__} of {type(self._base).__name__}:"
@@ -481,7 +482,7 @@ class BayesianModel(PyroModule):
         self._pyro_name = name
         self._pyro_context = context
         for module in self._prior.modules():
-            module._pyro_context = context  # type: ignore[assignment]
+            module._pyro_context = context
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())
@@ -499,9 +500,7 @@ def _drop_included(model: BayesianModel, state: dict[str, Any], prefix: str, _: 
             state.pop(f"{prefix}base.{name}", None)
 
 
-def _add_included(
-    model: BayesianModel, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _add_included(model: BayesianModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Puts the means in the base's places again before a state dict is loaded."""
     model._pull()
     for choice in model._choices:

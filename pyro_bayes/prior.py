@@ -27,7 +27,8 @@ class GaussianSite:
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         scale = module.get_buffer(self.scale)
-        return dist.Normal(torch.zeros_like(scale), scale).expand(self.shape).to_event()
+        prior: dist.TorchDistribution = dist.Normal(torch.zeros_like(scale), scale)
+        return prior.expand(self.shape).to_event()
 
 
 class GaussianPrior(PyroModule):

@@ -78,7 +78,7 @@ def register(parameters: Mapping[str, nn.Parameter]) -> None:
     for name in parameters:
         if name in store:
             del store[name]
-    real = dict.fromkeys(parameters, constraints.real)
+    real: dict[str, constraints.Constraint] = dict.fromkeys(parameters, constraints.real)
     store.set_state({"params": dict(parameters), "constraints": real})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -79,11 +80,15 @@ class Swap:
                 places += found
                 self._expected += [(owner, key, value)] if found else []
             self._places[name] = places
+        # A recurrent layer renews its lists of parameters, or of references to them, when it meets
+        # others than before.
+        known = {id(p) for p in self._originals.values()}
         self._attributes = [
             (m.__dict__, key)
             for m in distinct
             for key, value in m.__dict__.items()
             if isinstance(value, Tensor)
+            or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
         self._modes = [m.__dict__ for m in distinct]
 
@@ -136,3 +141,7 @@ class Swap:
             for container, key, value in saved + attributes + modes:
                 if value is not _MISSING:
                     container[key] = value
+
+
+def _referent(item: Any) -> Any:
+    return item() if isinstance(item, weakref.ref) else item
