@@ -69,8 +69,9 @@ class MeanField(AutoNormal):
         self.logvars = plant(nn.Module(), logvars)
         self._sites = prior.sites
         self._wished_name = store_name
-        self._find_parameters(store.unique_name(store_name))
+        self._find_parameters(store.claim(store_name, self))
         self._setup_prototype()
+        store.allow_module_local(self)
         self.register_load_state_dict_post_hook(_after_load)
 
     def posterior(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -139,8 +140,7 @@ class MeanField(AutoNormal):
 
     def _replaced(self) -> None:
         self._find_parameters(self.store_name)
-        held = pyro.get_param_store()
-        store.register({n: p for n, p in self._stored.items() if n in held})
+        store.replace(self._stored)
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class takes the model and the master away from the original when it is copied.
@@ -152,7 +152,7 @@ class MeanField(AutoNormal):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._find_parameters(store.unique_name(self._wished_name))
+        self._find_parameters(store.claim(self._wished_name, self))
 
 
 def _after_load(guide: MeanField, _: Any) -> None:

@@ -127,7 +127,7 @@ class GaussianTensor(torch.Tensor):
         def sample() -> Tensor:
             return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
 
-        return cls(mean, logvar.exp, sample, name, noise)
+        return cls(mean, lambda: logvar.exp(), sample, name, noise)
 
     def times(self, factor: Tensor | float) -> GaussianTensor:
         """Returns the product with a constant."""

@@ -54,8 +54,9 @@ class BayesianModel(PyroModule):
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior.
         name: What stands in front of the names of the sites, and of the parameters in Pyro's param
-            store. Two models in one Pyro model need names. By default, sites bear the
-            parameters' own names, and the store's names are numbered by construction.
+            store, where a name that another living model has gets a number. Two models in one
+            Pyro model need names. By default, sites bear the parameters' own names, and the store
+            knows the model by its class.
 
     Attributes:
         base: The module.
@@ -119,6 +120,8 @@ class BayesianModel(PyroModule):
         for parameter in included.values():
             parameter.requires_grad_(False)
         self._pyro_set_supermodule("", self._pyro_context)
+        store.allow_module_local(self)
+        self.register_state_dict_pre_hook(_before_save)
         self.register_state_dict_post_hook(_drop_included)
         self.register_load_state_dict_pre_hook(_add_included)
         self.register_load_state_dict_post_hook(_after_load)
@@ -462,9 +465,16 @@ class BayesianModel(PyroModule):
     def _store_key(self, name: str) -> str:
         return f"{self._guide.store_name}.base.{name}"
 
+    def _stored(self) -> dict[str, nn.Parameter]:
+        return {self._store_key(name): p for name, p in self._deterministic().items()}
+
     def _pull(self) -> None:
         self._guide.posterior()
-        store.pull({self._store_key(name): p for name, p in self._deterministic().items()})
+        store.pull(self._stored())
+
+    def _replaced(self) -> None:
+        self._prepare()
+        store.replace(self._stored())
 
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
         # A compiled function runs in one thread, and cannot hold a lock.
@@ -473,7 +483,7 @@ class BayesianModel(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._pull()
         super()._apply(fn, recurse)
-        self._prepare()
+        self._replaced()
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -506,11 +516,15 @@ def _add_included(model: BayesianModel, state: dict[str, Any], prefix: str, *_: 
     for choice in model._choices:
         mean = state.get(f"{prefix}guide.means.{choice.name}")
         for name in (choice.name, *choice.aliases) if mean is not None else ():
-            state.setdefault(f"{prefix}base.{name}", mean)
+            state.setdefault(f"{prefix}base.{name}", mean.detach())
 
 
 def _after_load(model: BayesianModel, _: Any) -> None:
-    model._prepare()
+    model._replaced()
+
+
+def _before_save(model: BayesianModel, *_: Any) -> None:
+    model._pull()
 
 
 def _is_number(value: Any) -> bool:

@@ -27,8 +27,10 @@ class GaussianSite:
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         scale = module.get_buffer(self.scale)
-        prior: dist.TorchDistribution = dist.Normal(torch.zeros_like(scale), scale)
-        return prior.expand(self.shape).to_event()
+        prior: dist.TorchDistribution = (
+            dist.Normal(torch.zeros_like(scale), scale).expand(self.shape).to_event()
+        )
+        return prior
 
 
 class GaussianPrior(PyroModule):

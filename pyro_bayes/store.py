@@ -10,34 +10,46 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import pyro
 import torch
 from pyro.distributions import constraints
+from pyro.nn import PyroModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
-_taken: Counter[str] = Counter()
+_owners: dict[str, weakref.ref[Any]] = {}
+_registered: dict[int, weakref.ref[nn.Parameter]] = {}
 _pulling = threading.Lock()
 
 
-def unique_name(name: str) -> str:
-    """Returns the name itself the first time, then `name_1`, `name_2`, … in order of the calls.
+def claim(name: str, owner: object) -> str:
+    """Gives an owner a name that no other living owner has.
 
-    A name is never given twice in one process, so that what a former model left in the store is
-    never taken for a later model's parameters.
+    What a former owner of the name left in the store is removed, so that it is never taken for the
+    new owner's. Values that were loaded into the store stay.
 
     Arguments:
         name: The wished name.
+        owner: Who is to have it, for as long as it lives.
 
     Returns:
-        The name, made unique.
+        The name itself if it is free, or else `name_1`, `name_2`, …
     """
-    _taken[name] += 1
-    found = name if _taken[name] == 1 else f"{name}_{_taken[name] - 1}"
-    return found if found == name or _taken[found] == 0 else unique_name(name)
+    found, number = name, 0
+    while _owners.get(found, lambda: None)() is not None:
+        number += 1
+        found = f"{name}_{number}"
+    _owners[found] = weakref.ref(owner)
+    store = pyro.get_param_store()
+    for key, held in list(store.named_parameters()):
+        ours = _registered.get(id(held), lambda: None)() is held
+        if ours and key.startswith(found + "."):
+            del store[key]
+    return found
 
 
 def pull(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -75,11 +87,26 @@ def register(parameters: Mapping[str, nn.Parameter]) -> None:
     """
     # `pyro.param` would store a contiguous copy of a parameter with other strides.
     store = pyro.get_param_store()
-    for name in parameters:
+    for name, parameter in parameters.items():
         if name in store:
             del store[name]
+        _registered[id(parameter)] = weakref.ref(parameter, partial(_forget, id(parameter)))
     real: dict[str, constraints.Constraint] = dict.fromkeys(parameters, constraints.real)
     store.set_state({"params": dict(parameters), "constraints": real})
+
+
+def replace(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Puts parameters in the place of those that the store has under their names.
+
+    Arguments:
+        parameters: The model's parameters by their full names in the store.
+    """
+    held = pyro.get_param_store()
+    register({name: parameter for name, parameter in parameters.items() if name in held})
+
+
+def _forget(key: int, _: Any) -> None:
+    _registered.pop(key, None)
 
 
 def statement(name: str, parameter: nn.Parameter) -> Tensor:
@@ -104,3 +131,13 @@ def statement(name: str, parameter: nn.Parameter) -> Tensor:
     param = effectful(lambda name, value, **_: value, type="param")
     value: Tensor = param(name, alias, constraint=constraints.real, event_dim=None, name=name)
     return value
+
+
+def allow_module_local(module: PyroModule) -> None:
+    """Lets a Pyro module work when `module_local_params` is switched on after it was made.
+
+    Arguments:
+        module: The root of a tree of Pyro modules.
+    """
+    # Pyro makes this attribute only if the setting is on at construction.
+    vars(module._pyro_context).setdefault("param_state", {"params": {}, "constraints": {}})

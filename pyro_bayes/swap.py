@@ -80,17 +80,17 @@ class Swap:
                 places += found
                 self._expected += [(owner, key, value)] if found else []
             self._places[name] = places
-        # A recurrent layer renews its lists of parameters, or of references to them, when it meets
-        # others than before.
+        # What forward may leave behind: modes, computed weights, and the lists of parameters (or of
+        # references to them) that a recurrent layer renews when it meets others than before.
         known = {id(p) for p in self._originals.values()}
         self._attributes = [
             (m.__dict__, key)
             for m in distinct
             for key, value in m.__dict__.items()
-            if isinstance(value, Tensor)
+            if key == "training"
+            or isinstance(value, Tensor)
             or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
-        self._modes = [m.__dict__ for m in distinct]
 
     def _verify(self) -> None:
         if all(c.get(k, _MISSING) is v for c, k, v in self._expected):
@@ -129,7 +129,6 @@ class Swap:
             self._verify()
         saved = [(c, k, c[k]) for name in values for c, k in self._places[name]]
         attributes = [(d, k, d.get(k, _MISSING)) for d, k in self._attributes]
-        modes = [(d, "training", d["training"]) for d in self._modes]
         self._open += 1
         try:
             for name, value in values.items():
@@ -138,7 +137,7 @@ class Swap:
             yield
         finally:
             self._open -= 1
-            for container, key, value in saved + attributes + modes:
+            for container, key, value in saved + attributes:
                 if value is not _MISSING:
                     container[key] = value
 

@@ -1,0 +1,257 @@
+"""The documented calls, in plain PyTorch."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_bayes import BayesianModel
+
+
+def test_draws_are_fixed_inside_a_context_and_new_in_the_next(net, data):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    x, _ = data
+    outputs = []
+    for _ in range(2):
+        with bnn.reparameterize() as model:
+            assert model is net
+            assert torch.equal(model(x), model(x))
+            outputs.append(model(x))
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("local_trick", [False, True])
+def test_draws_are_reproducible_under_a_seed(net, data, local_trick):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with bnn.reparameterize(local_trick=local_trick) as model:
+            outputs.append(model(data[0]))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("local_trick", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradients_flow_to_the_posterior_only(net, data, local_trick, inside):
+    bnn = BayesianModel(net)
+    x, y = data
+    with bnn.reparameterize(local_trick) as model:
+        loss = nn.functional.mse_loss(model(x), y)
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    for parameter in (*bnn.means.parameters(), *bnn.logvars.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_construction_draws_nothing_and_keeps_the_base(net):
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    objects = dict(net.named_parameters())
+    state = torch.get_rng_state()
+    bnn = BayesianModel(net)
+    assert torch.equal(state, torch.get_rng_state())
+    assert bnn.base is net
+    for name, parameter in net.named_parameters():
+        assert parameter is objects[name]
+        assert torch.equal(parameter, before[name])
+
+
+def test_means_and_logvars_name_what_trains(net):
+    bnn = BayesianModel(net, init_logvar=-5.0)
+    means, logvars = dict(bnn.means.named_parameters()), dict(bnn.logvars.named_parameters())
+    assert list(means) == list(logvars) == [name for name, _ in net.named_parameters()]
+    for name, parameter in net.named_parameters():
+        assert torch.equal(means[name], parameter)
+        assert torch.equal(logvars[name], torch.full_like(parameter, -5.0))
+    trained = {id(p) for p in bnn.parameters()}
+    assert trained == {id(p) for p in (*means.values(), *logvars.values())}
+
+
+def test_parameters_are_those_that_train():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    bnn = BayesianModel(net, include_params="2")
+    names = [name for name, _ in bnn.named_parameters()]
+    assert names == ["base.0.weight", "base.0.bias", "base.1.weight", "base.1.bias"] + [
+        f"guide.{kind}.2.{leaf}" for kind in ("means", "logvars") for leaf in ("weight", "bias")
+    ]
+    assert all(p.requires_grad for p in bnn.parameters())
+    bnn.requires_grad_(False).requires_grad_(True)
+    assert not net[2].weight.requires_grad
+
+
+def test_base_is_the_posterior_mean_network(net, data):
+    bnn = BayesianModel(net)
+    optimizer = torch.optim.SGD(bnn.parameters(), lr=0.1)
+    with bnn.reparameterize() as model:
+        model(data[0]).sum().backward()
+    optimizer.step()
+    means = dict(bnn.means.named_parameters())
+    for name, parameter in bnn.base.named_parameters():
+        assert parameter.data_ptr() == means[name].data_ptr()
+        assert torch.equal(parameter, means[name])
+        assert not parameter.requires_grad
+
+
+def test_sampled_model_is_standalone_and_trains(net, data):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    with bnn.reparameterize():
+        sampled = bnn.sample_model()
+    x, _ = data
+    assert type(sampled) is type(net)
+    assert not torch.allclose(sampled(x), net(x))
+    sampled(x).sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in sampled.parameters())
+    assert all(p.grad is None for p in bnn.parameters())
+
+
+def test_sampled_params_fit_functional_call(net, data):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    params = bnn.sample_params()
+    torch.func.functional_call(net, params, data[0]).sum().backward()
+    assert all(p.grad is not None for p in bnn.parameters())
+
+
+def test_contexts_nest(net, data):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    x, _ = data
+    with bnn.reparameterize() as model:
+        outer = model(x)
+        with bnn.reparameterize(local_trick=True):
+            assert not torch.allclose(model(x), outer)
+        assert torch.equal(model(x), outer)
+
+
+def test_kl_of_the_model(net):
+    bnn = BayesianModel(net, prior_var=0.5)
+    kl = bnn.kl_divergence()
+    assert kl.shape == ()
+    torch.testing.assert_close(kl, bnn.kl_divergence(prior_var=0.5))
+    assert kl < bnn.kl_divergence(prior_var=1e-2)
+    q = torch.distributions.Normal
+    expected = sum(
+        torch.distributions.kl_divergence(q(m, (0.5 * v).exp()), q(0.0, 0.5**0.5)).sum()
+        for m, v in zip(bnn.means.parameters(), bnn.logvars.parameters(), strict=True)
+    )
+    torch.testing.assert_close(kl, expected)
+    kl.backward()
+    assert all(p.grad is not None for p in bnn.parameters())
+
+
+def test_mixed_dtypes(data):
+    net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2, dtype=torch.float64)])
+    net.forward = lambda x: net[1](net[0](x).double())
+    bnn = BayesianModel(net)
+    with bnn.reparameterize() as model:
+        assert model(data[0]).dtype == torch.float64
+    assert bnn.kl_divergence().dtype == torch.float64
+
+
+def test_unknown_attributes_fall_through_to_the_base(net):
+    net.temperature = 0.7
+    bnn = BayesianModel(net)
+    assert bnn.temperature == 0.7
+    assert not hasattr(bnn, "nonsense")
+    with pytest.raises(AttributeError, match=r"Expected an attribute of .*Sequential; got 'nonsen"):
+        _ = bnn.nonsense
+
+
+def test_calling_outside_of_pyro_names_the_calls_meant(net, data):
+    bnn = BayesianModel(net)
+    with pytest.raises(RuntimeError, match="reparameterize") as error:
+        bnn(data[0])
+    for call in ("sample_params()", "sample_model()", "lift()", "kl_divergence()"):
+        assert call in str(error.value)
+
+
+ERRORS = {
+    "not a module": (lambda net: BayesianModel(lambda x: x), TypeError, "Expected base to be an"),
+    "logvar nan": (lambda net: BayesianModel(net, float("nan")), ValueError, "init_logvar"),
+    "logvar text": (lambda net: BayesianModel(net, "-9"), ValueError, "init_logvar"),
+    "prior zero": (lambda net: BayesianModel(net, prior_var=0.0), ValueError, "prior_var"),
+    "prior negative": (lambda net: BayesianModel(net, prior_var=-1.0), ValueError, "prior_var"),
+    "prior inf": (lambda net: BayesianModel(net, prior_var=float("inf")), ValueError, "prior_var"),
+    "kl prior": (lambda net: BayesianModel(net).kl_divergence(0.0), ValueError, "prior_var"),
+    "name empty": (lambda net: BayesianModel(net, name=""), ValueError, "name"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "match"), ERRORS.values(), ids=ERRORS)
+def test_errors_say_what_was_expected(net, call, error, match):
+    with pytest.raises(error, match="Expected .*; got") as raised:
+        call(net)
+    assert match in str(raised.value)
+    if "kl" not in match and "_var" not in match:
+        assert all(p.requires_grad for p in net.parameters())
+
+
+def test_threads_get_one_consistent_draw_each(net):
+    bnn = BayesianModel(net, init_logvar=0.0)
+    x = torch.randn(64, 3)
+    failures, start = [], threading.Barrier(8)
+
+    def work():
+        start.wait()
+        for _ in range(10):
+            with bnn.reparameterize() as model:
+                draws = {name: p.clone() for name, p in model.named_parameters()}
+                first = model(x)
+                if not torch.equal(first, model(x)):
+                    failures.append("outputs differ")
+                if any(draws[name] is not p and not torch.equal(draws[name], p)
+                       for name, p in model.named_parameters()):
+                    failures.append("draws differ")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+
+
+# torch's compiler reads `.grad` of every tensor that stands for a parameter, and warns itself of it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("local_trick", [False, True])
+def test_compiled_base(net, data, local_trick):
+    x, _ = data
+    bnn = BayesianModel(torch.compile(net, backend="aot_eager"), init_logvar=-2.0)
+    outputs = []
+    for _ in range(2):
+        with bnn.reparameterize(local_trick) as model:
+            outputs.append(model(x))
+            assert torch.equal(model(x), outputs[-1])
+    assert not torch.allclose(*outputs)
+    outputs[-1].sum().backward()
+    assert all(p.grad is not None for p in bnn.parameters())
+
+
+def test_compiled_training_step(net, data):
+    x, y = data
+    bnn = BayesianModel(net, init_logvar=-2.0)
+
+    def loss():
+        with bnn.reparameterize() as model:
+            nll = nn.functional.mse_loss(model(x), y)
+        return nll + bnn.kl_divergence() / len(x)
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    values = []
+    optimizer = torch.optim.Adam(bnn.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        value = compiled()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert len(set(values)) == 3
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+    torch.manual_seed(1)
+    expected = loss()
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(), expected)
