@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 
 
 def require(package: str, *, extra: str) -> None:
@@ -15,8 +15,10 @@ def require(package: str, *, extra: str) -> None:
     Raises:
         ImportError: If it is missing, naming the extra.
     """
-    if importlib.util.find_spec(package) is None:
+    try:
+        importlib.import_module(package)
+    except ImportError:
         raise ImportError(
             f"Expected the package '{package}' to be installed; got none. Install it with"
-            f" `pip install pyro_bayes[{extra}]`."
-        )
+            f" `pip install 'pyro_bayes[{extra}]'`."
+        ) from None

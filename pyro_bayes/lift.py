@@ -10,7 +10,7 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_bayes.swap import Swap
 
@@ -82,12 +82,15 @@ class Particles:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         r"""Calls the module once per draw, with the same arguments for all.
 
+        As with Pyro's own sites, the particles' dimension stands to the left of the plates'. So a
+        tensor of one draw either has a dimension for each plate, or fewer dimensions than there
+        are plates, as a scalar, and then gets dimensions of size 1.
+
         Returns:
             What the module returns, each tensor with a dimension of size :math:`P` on its left.
-            A tensor of one draw must have every plate dimension of the model.
 
         Raises:
-            ValueError: If an argument seems to differ between particles.
+            ValueError: If an argument was computed and may differ between particles.
             RuntimeError: If the module cannot be batched over draws.
         """
         for x in tree_leaves((args, kwargs)):
@@ -100,17 +103,21 @@ class Particles:
 
         batched_call = torch.vmap(call, in_dims=(self._in_dims,), randomness="different")
         try:
-            return batched_call(self._draws)
-        except RuntimeError as error:
+            output = batched_call(self._draws)
+        except (RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"Expected a base that torch.vmap can batch over draws; got"
                 f" {type(self._module).__name__}, which failed with: {error}. Use"
                 " vectorize_particles=False, or parallel=False in Predictive."
             ) from error
+        return tree_map_only(Tensor, self._align, output)
+
+    def _align(self, output: Tensor) -> Tensor:
+        missing = self._depth + 1 - output.dim()
+        return output.reshape(-1, *[1] * missing, *output.shape[1:]) if missing > 0 else output
 
     def _check(self, x: Tensor) -> None:
-        computed = x.grad_fn is not None or not torch.is_grad_enabled()
-        if computed and x.dim() >= self._depth + 2 and len(x) == self._size:
+        if x.grad_fn is not None and x.dim() >= self._depth + 2 and len(x) == self._size:
             raise ValueError(
                 f"Expected an input that all {self._size} particles share; got one of shape"
                 f" {tuple(x.shape)}, whose first dimension may be the particles'. Choose another"

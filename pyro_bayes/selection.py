@@ -118,7 +118,7 @@ def _decide(
         return False, "no include pattern"
     if excluded is not None:
         return False, f"excluded by {excluded!r}"
-    return True, repr(included)
+    return True, repr(included) if included else "every name"
 
 
 def _first_match(patterns: dict[str, re.Pattern[str]], names: Iterable[str]) -> str | None:

@@ -56,7 +56,7 @@ class Summary:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD)
         for header, field in zip(_HEADERS, fields(Row), strict=True):
             table.add_column(header, justify="right" if field.name == "signal" else "left")
         for row in self.rows:
@@ -64,4 +64,8 @@ class Summary:
             included = "yes" if row.included else "no"
             shape = "×".join(map(str, row.shape)) or "()"
             table.add_row(row.parameter, shape, included, row.why, row.prior, signal)
-        Console(highlight=False, markup=False).print(table)
+        Console(highlight=False, markup=False).print(self.title, table, sep="\n")
+
+    def __repr__(self) -> str:
+        included = sum(row.included for row in self.rows)
+        return f"Summary({len(self.rows)} parameters, {included} included)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,14 +57,14 @@ class Swap:
             for key, value in m.__dict__.items()
             if type(value) is list
         ]
-        self._places: dict[str, list[tuple[Any, Any]]] = {}
-        self._originals: dict[str, nn.Parameter] = {}
+        places: dict[str, list[tuple[Any, Any]]] = {}
+        originals: dict[str, nn.Parameter] = {}
         # What must still be there when the places are used: (container, key, expected).
-        self._expected: list[tuple[Any, Any, Any]] = [
+        expected: list[tuple[Any, Any, Any]] = [
             (m._modules, key, child) for m in distinct for key, child in m._modules.items()
         ]
         for name, aliases in self._names.items():
-            places: list[tuple[Any, Any]] = []
+            places[name] = []
             for alias in aliases:
                 path, _, leaf = alias.rpartition(".")
                 if path not in modules or modules[path]._parameters.get(leaf) is None:
@@ -71,18 +72,17 @@ class Swap:
                         f"Expected the base to have the parameter '{alias}', as it had when it"
                         " was wrapped; got none. Wrap the changed module in a new BayesianModel."
                     )
-                places.append((modules[path]._parameters, leaf))
-            container, leaf = places[0]
-            original = self._originals[name] = container[leaf]
-            self._expected += [(c, k, original) for c, k in places]
+                places[name].append((modules[path]._parameters, leaf))
+            container, leaf = places[name][0]
+            original = originals[name] = container[leaf]
+            expected += [(c, k, original) for c, k in places[name]]
             for owner, key, value in lists:
                 found = [(value, i) for i, item in enumerate(value) if item is original]
-                places += found
-                self._expected += [(owner, key, value)] if found else []
-            self._places[name] = places
+                places[name] += found
+                expected += [(owner, key, value)] if found else []
         # What forward may leave behind: modes, computed weights, and the lists of parameters (or of
         # references to them) that a recurrent layer renews when it meets others than before.
-        known = {id(p) for p in self._originals.values()}
+        known = {id(p) for p in originals.values()}
         self._attributes = [
             (m.__dict__, key)
             for m in distinct
@@ -91,6 +91,7 @@ class Swap:
             or isinstance(value, Tensor)
             or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
+        self._places, self._originals, self._expected = places, originals, expected
 
     def _verify(self) -> None:
         if all(c.get(k, _MISSING) is v for c, k, v in self._expected):
@@ -110,6 +111,14 @@ class Swap:
     def originals(self) -> dict[str, nn.Parameter]:
         """The module's own parameters by first name."""
         return self._originals
+
+    def copy(self) -> nn.Module:
+        """Returns a deep copy of the module with its own parameters, also while a swap is open."""
+        # A computed weight has a graph, which torch refuses to copy.
+        values = (d.get(k) for d, k in self._attributes)
+        memo = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor)}
+        with self(self._originals):
+            return copy.deepcopy(self._module, memo)
 
     @contextmanager
     def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -182,7 +182,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("call", "error", "match"), ERRORS.values(), ids=ERRORS)
 def test_errors_say_what_was_expected(net, call, error, match):
-    with pytest.raises(error, match="Expected .*; got") as raised:
+    with pytest.raises(error, match=r"Expected .*; got") as raised:
         call(net)
     assert match in str(raised.value)
     if "kl" not in match and "_var" not in match:
@@ -202,8 +202,10 @@ def test_threads_get_one_consistent_draw_each(net):
                 first = model(x)
                 if not torch.equal(first, model(x)):
                     failures.append("outputs differ")
-                if any(draws[name] is not p and not torch.equal(draws[name], p)
-                       for name, p in model.named_parameters()):
+                if any(
+                    draws[name] is not p and not torch.equal(draws[name], p)
+                    for name, p in model.named_parameters()
+                ):
                     failures.append("draws differ")
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -215,7 +217,7 @@ def test_threads_get_one_consistent_draw_each(net):
     assert all(isinstance(p, nn.Parameter) for p in net.parameters())
 
 
-# torch's compiler reads `.grad` of every tensor that stands for a parameter, and warns itself of it.
+# torch's compiler reads `.grad` of every tensor in a parameter's place, and warns itself of it.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("local_trick", [False, True])
 def test_compiled_base(net, data, local_trick):

@@ -196,15 +196,11 @@ def draw_many(bnn, count):
 
 
 def test_vectorized_net_refuses_what_it_cannot_do_right(bnn, data):
-    x, y = data
+    x, _ = data
 
     def chained():
         with bnn.lift() as net:
             net(net(x).expand(*net(x).shape[:-1], 3))
-
-    def attribute():
-        with bnn.lift() as net:
-            net[0]
 
     elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=0)
     with pytest.raises(ValueError, match="Expected an input that all 5 particles share"):
@@ -229,6 +225,36 @@ def test_vectorized_net_refuses_what_it_cannot_do_right(bnn, data):
 
     with pytest.raises(RuntimeError, match=r"Expected a base that torch.vmap can batch"):
         elbo.loss(branch, branching.guide)
+
+
+def test_parallel_prediction_aligns_outputs_with_plates():
+    class Heteroscedastic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 1)
+
+        def forward(self, x):
+            mean = self.net(x).squeeze(-1)
+            return mean, mean.exp().mean()
+
+    bnn = BayesianModel(Heteroscedastic(), init_logvar=-1.0)
+
+    def model(x):
+        with bnn.lift() as net:
+            mean, scale = net(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, scale))
+
+    x = torch.randn(5, 3)
+    with pyro.plate("num_particles_vectorized", 5, dim=-2):
+        trace = poutine.trace(bnn.guide).get_trace()
+        node = poutine.trace(poutine.replay(model, trace=trace)).get_trace(x).nodes["y"]
+    mean = node["fn"].mean
+    assert mean.shape == (5, 5)
+    torch.testing.assert_close(node["fn"].stddev, mean.exp().mean(1, keepdim=True).expand(5, 5))
+    # An input of as many rows as draws is an input like any other.
+    predictive = Predictive(model, guide=bnn.guide, num_samples=10, parallel=True)
+    assert predictive(torch.randn(10, 3))["y"].shape == (10, 10)
 
 
 def test_dropout_differs_between_vectorized_particles(data):
@@ -275,9 +301,7 @@ def test_log_prob_of_the_sites_is_that_of_prior_and_posterior(bnn, data):
         value = guide_trace.nodes[name]["value"]
         q = torch.distributions.Normal(mean, (0.5 * logvars[name]).exp())
         p = torch.distributions.Normal(0.0, 1.0)
-        torch.testing.assert_close(
-            guide_trace.nodes[name]["log_prob"], q.log_prob(value).sum()
-        )
+        torch.testing.assert_close(guide_trace.nodes[name]["log_prob"], q.log_prob(value).sum())
         torch.testing.assert_close(trace.nodes[name]["log_prob"], p.log_prob(value).sum())
 
 

@@ -224,6 +224,7 @@ def test_two_models_never_share(data):
 
 @pytest.mark.parametrize("name", [None, "net"])
 def test_names_are_unique_among_living_models(net, name):
+    gc.collect()  # the trainers of other tests hold themselves
     first, second = BayesianModel(net, name=name), BayesianModel(net, name=name)
     third = copy.deepcopy(second)
     stem = name or "BayesianModel"

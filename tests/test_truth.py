@@ -107,7 +107,9 @@ def test_elbo_equals_its_closed_form(problem, front_end):
 def test_mean_of_nuts_is_the_mean_of_the_posterior():
     problem = Problem.make()
     bnn = problem.model()
-    mcmc = MCMC(NUTS(problem.pyro_model(bnn)), num_samples=150, warmup_steps=80, disable_progbar=True)
+    mcmc = MCMC(
+        NUTS(problem.pyro_model(bnn)), num_samples=150, warmup_steps=80, disable_progbar=True
+    )
     mcmc.run()
     draws = mcmc.get_samples()["weight"][:, 0]
     exact = torch.linalg.inv(problem.precision)

@@ -1,0 +1,209 @@
+"""A base and its posterior, tied: copies, conversions and files never part them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyro_bayes import store
+from pyro_bayes.guide import MeanField
+from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.selection import Choice
+from pyro_bayes.swap import Swap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TiedModule(PyroModule):
+    r"""A base, its prior and its guide, as one module.
+
+    The base's included parameters share their storage with the means and do not train themselves.
+    The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A state
+    dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
+    deterministic. Before anything is read, values that were loaded into Pyro's param store arrive.
+
+    Arguments:
+        base: The module.
+        prior: The prior over its included parameters.
+        guide: The posterior over them.
+        choices: What selection decided about each parameter of the base.
+    """
+
+    base: nn.Module
+    prior: GaussianPrior
+    guide: MeanField
+
+    def __init__(
+        self, base: nn.Module, prior: GaussianPrior, guide: MeanField, choices: Sequence[Choice]
+    ) -> None:
+        super().__init__()
+        self._choices = tuple(choices)
+        # `PyroModule.add_module` would rename the prior's sites after the attribute.
+        for key, module in {"base": base, "prior": prior, "guide": guide}.items():
+            nn.Module.add_module(self, key, module)
+        self._pyro_set_supermodule("", self._pyro_context)
+        store.allow_module_local(self)
+        self.register_state_dict_pre_hook(_before_save)
+        self.register_state_dict_post_hook(_drop_included)
+        self.register_load_state_dict_pre_hook(_add_included)
+        self.register_load_state_dict_post_hook(_after_load)
+        self._prepare()
+
+    @property
+    def means(self) -> nn.Module:
+        r"""The posterior means :math:`\mu`, a module with the parameters' own names."""
+        return self.guide.locs
+
+    @property
+    def logvars(self) -> nn.Module:
+        r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
+        return self.guide.logvars
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Returns the parameters that may train: those of the posterior, and deterministic ones.
+
+        The base's included parameters share storage with the means and never get a gradient, so
+        they are left out.
+
+        Arguments:
+            prefix: What stands in front of the names.
+            recurse: Whether to include those of submodules.
+            remove_duplicate: Whether a shared parameter is named once.
+
+        Yields:
+            Pairs of name and parameter.
+        """
+        self._pull()
+        hidden = {id(self._swap.originals[c.name]) for c in self._choices if c.included}
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) not in hidden:
+                yield name, parameter
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            # Read past PyroModule, which would make a `pyro.module` statement of the base.
+            if "_swap" in self.__dict__:
+                self._pull()
+                self._tie()
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in modules or name.startswith("__"):
+                raise
+        try:
+            return getattr(modules["base"], name)
+        except AttributeError:
+            raise AttributeError(
+                f"Expected an attribute of {type(self).__name__} or of its base"
+                f" {type(modules['base']).__name__}; got '{name}'."
+            ) from None
+
+    @property
+    def _base(self) -> nn.Module:
+        return self._modules["base"]  # type: ignore[return-value]
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        return self._modules["prior"]  # type: ignore[return-value]
+
+    @property
+    def _guide(self) -> MeanField:
+        return self._modules["guide"]  # type: ignore[return-value]
+
+    def _prepare(self) -> None:
+        """Looks the parameters up, after any of them may have been replaced, and ties them."""
+        self._mutex = threading.RLock()
+        self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
+        for choice in self._choices:
+            if choice.included:
+                self._swap.originals[choice.name].requires_grad_(False)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Lets the base's included parameters share the storage of the means."""
+        originals = self._swap.originals
+        for name, mean in self._guide.locs.named_parameters():
+            if originals[name].data_ptr() != mean.data_ptr():
+                originals[name].data = mean.data
+
+    def _deterministic(self) -> dict[str, nn.Parameter]:
+        """Returns the excluded parameters that train, by name."""
+        originals = self._swap.originals
+        excluded = (c.name for c in self._choices if not c.included)
+        return {name: originals[name] for name in excluded if originals[name].requires_grad}
+
+    def _store_key(self, name: str) -> str:
+        return f"{self._guide.store_name}.base.{name}"
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        return {self._store_key(name): p for name, p in self._deterministic().items()}
+
+    def _pull(self) -> None:
+        self._guide.posterior()
+        store.pull(self._stored())
+
+    def _replaced(self) -> None:
+        self._prepare()
+        store.replace(self._stored())
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        # A compiled function runs in one thread, and cannot hold a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._pull()
+        super()._apply(fn, recurse)
+        self._replaced()
+        return self
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        # As a child of a Pyro module, the model shares its parent's context, so that one run of
+        # the parent draws each site once. The names of sites and stored parameters stay its own.
+        self._pyro_name = name
+        self._pyro_context = context
+        for module in self._prior.modules():
+            module._pyro_context = context
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+
+def _drop_included(model: TiedModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leaves the base's included parameters out of a state dict: they are the means."""
+    for choice in model._choices:
+        for name in (choice.name, *choice.aliases) if choice.included else ():
+            state.pop(f"{prefix}base.{name}", None)
+
+
+def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Puts the means in the base's places again before a state dict is loaded."""
+    model._pull()
+    for choice in model._choices:
+        mean = state.get(f"{prefix}guide.means.{choice.name}")
+        if mean is not None:
+            for name in (choice.name, *choice.aliases):
+                state.setdefault(f"{prefix}base.{name}", mean.detach())
+
+
+def _after_load(model: TiedModule, _: Any) -> None:
+    model._replaced()
+
+
+def _before_save(model: TiedModule, *_: Any) -> None:
+    model._pull()

@@ -1,0 +1,100 @@
+"""The door, the import, and the documents."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+import pyro_bayes
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["pyro_bayes"] + [
+    f"pyro_bayes.{module.name}" for module in pkgutil.iter_modules(pyro_bayes.__path__)
+]
+
+
+def test_door():
+    assert pyro_bayes.__all__ == ["BayesianModel"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    scope = {"torch": torch, "nn": nn, "pyro": pyro, **vars(module)}
+    failed, _ = doctest.testmod(module, extraglobs=scope, optionflags=flags)
+    assert failed == 0
+
+
+def test_public_docstrings_have_an_example():
+    model = pyro_bayes.BayesianModel
+    for name in ("__doc__", "sample_params", "sample_model", "reparameterize", "kl_divergence",
+                 "lift", "summary"):  # fmt: skip
+        text = model.__doc__ if name == "__doc__" else getattr(model, name).__doc__
+        assert ">>>" in text, name
+
+
+def test_importing_changes_nothing_and_needs_torch_and_pyro_only():
+    code = """
+import importlib.metadata, logging, sys, warnings
+import torch, pyro, pyro.infer.autoguide, pyro.contrib.zuko
+before = (
+    torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+    pyro.settings.get(), list(pyro.get_param_store()), logging.getLogger().handlers[:],
+    list(warnings.filters), set(vars(torch.Tensor)), set(vars(torch.nn.Module)),
+)
+loaded = set(sys.modules)
+import pyro_bayes
+after = (
+    torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+    pyro.settings.get(), list(pyro.get_param_store()), logging.getLogger().handlers[:],
+    list(warnings.filters), set(vars(torch.Tensor)), set(vars(torch.nn.Module)),
+)
+assert before == after
+new = {name.split(".")[0] for name in set(sys.modules) - loaded} - set(sys.stdlib_module_names)
+assert new <= {"pyro_bayes", "torch", "pyro"}, new
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+
+
+def test_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_modules_stay_small():
+    for path in (ROOT / "pyro_bayes").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_no_assert_on_input():
+    for path in (ROOT / "pyro_bayes").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), path.name
+
+
+def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
+    """Each private name, and the one module that uses it."""
+    linear = nn.Linear(1, 1)
+    assert isinstance(linear._parameters, dict)
+    assert isinstance(nn.Sequential(linear)._modules, dict)  # swap
+    assert callable(torch.Tensor._make_wrapper_subclass)  # local
+    assert callable(pyro.nn.PyroModule._pyro_set_supermodule)  # model
+    with pyro.settings.context(module_local_params=True):
+        assert pyro.nn.PyroModule()._pyro_context.param_state == {"params": {}, "constraints": {}}
+    assert callable(nn.Module._apply)  # guide, model
+    for method in ("_setup_prototype", "_get_loc_and_scale"):  # guide
+        assert method in vars(pyro.infer.autoguide.AutoNormal)
