@@ -30,10 +30,17 @@ class MeanField(AutoNormal):
     see, both unconstrained. Each site is a normal distribution itself, without an auxiliary site,
     so that :class:`pyro.infer.TraceMeanField_ELBO` has the KL divergence in closed form.
 
+    Attributes:
+        means: A module of the means :math:`\mu`, under the parameters' own names.
+        logvars: A module of the log-variances :math:`\log \sigma^2`, likewise.
+        sites: The parameters' names by the names of their sites.
+        store_name: What stands in front of the names in Pyro's param store.
+
     Arguments:
-        prior: The prior, which names the sites.
+        prior: The prior over the same parameters.
         parameters: The included parameters by dotted name, the initial means.
         init_logvar: The initial :math:`\log \sigma^2`.
+        site_prefix: What stands in front of each site's name.
         store_name: What stands in front of the names in Pyro's param store. A name that is taken
             gets a number.
 
@@ -59,6 +66,7 @@ class MeanField(AutoNormal):
         *,
         init_logvar: float,
         store_name: str,
+        site_prefix: str = "",
     ) -> None:
         super().__init__(prior, init_loc_fn=init_to_mean)
         means = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
@@ -67,7 +75,7 @@ class MeanField(AutoNormal):
         }
         self.means = plant(nn.Module(), means)
         self.logvars = plant(nn.Module(), logvars)
-        self._sites = prior.sites
+        self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
         self._wished_name = store_name
         self._find_parameters(store.claim(store_name, self))
         self._setup_prototype()
@@ -89,7 +97,7 @@ class MeanField(AutoNormal):
             The draw of each site by the name of the site.
         """
         draws = {}
-        for site in self._sites:
+        for site in self.sites:
             loc, scale = self._get_loc_and_scale(site)
             draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
         return draws
@@ -116,7 +124,7 @@ class MeanField(AutoNormal):
         super(AutoNormal, self)._setup_prototype()
 
     def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
-        parameter = self._sites[name]
+        parameter = self.sites[name]
         mean, logvar = self._posterior[parameter]
         loc = store.statement(f"{self.store_name}.means.{parameter}", mean)
         logvar_ = store.statement(f"{self.store_name}.logvars.{parameter}", logvar)

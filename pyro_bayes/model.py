@@ -101,8 +101,10 @@ class BayesianModel(TiedModule):
             included,
             init_logvar=float(init_logvar),
             store_name=name or type(self).__name__,
+            site_prefix=name or "",
         )
         super().__init__(base, prior, guide, choices)
+        self._prior_var = float(prior_var)
 
     # Draws
 
@@ -219,7 +221,7 @@ class BayesianModel(TiedModule):
             tensor(0., grad_fn=<...>)
         """
         if prior_var is None:
-            prior_var = self._prior.variance
+            prior_var = self._prior_var
         _check_prior_var(prior_var)
         with self._lock():
             posterior = self._guide.posterior().values()
@@ -264,7 +266,7 @@ class BayesianModel(TiedModule):
             >>> svi = SVI(model, bnn.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
             >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
         """
-        with self._lock(), LiftMessenger(self._prior.sites) as messenger:
+        with self._lock(), LiftMessenger(self._guide.sites) as messenger:
             try:
                 values = self._prior()
             except RuntimeError as error:
@@ -336,7 +338,7 @@ class BayesianModel(TiedModule):
             if choice.included:
                 mean, logvar = (p.detach() for p in posterior[choice.name])
                 signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
-                prior = f"N(0, {self._prior.variance:g})"
+                prior = f"N(0, {self._prior_var:g})"
             name = " = ".join((choice.name, *choice.aliases))
             rows.append(
                 Row(name, tuple(parameter.shape), choice.included, choice.reason, prior, signal)

@@ -41,10 +41,6 @@ class GaussianPrior(PyroModule):
     Each site bears the dotted name of its parameter, behind `site_prefix` and a dot if there is
     one. The distributions follow the module's dtype and device.
 
-    Attributes:
-        variance: The variance of every element.
-        sites: The parameters' names by the names of their sites.
-
     Arguments:
         parameters: The included parameters by dotted name; only shape, dtype and device are used.
         variance: The variance :math:`\sigma_p^2` of every element.
@@ -60,20 +56,19 @@ class GaussianPrior(PyroModule):
         self, parameters: Mapping[str, nn.Parameter], *, variance: float, site_prefix: str = ""
     ) -> None:
         super().__init__(site_prefix)
-        self.variance = variance
-        self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
-        plant(
-            self,
-            {
-                name: PyroSample(GaussianSite(p.shape, name.rpartition(".")[2] + "_scale"))
-                for name, p in parameters.items()
-            },
-            node=PyroModule,
-        )
+        # Sites are attributes of this module under any name that a parameter may have. So what else
+        # it has bears a mangled name, and the buffers a name that no attribute has.
+        self.__names = tuple(parameters)
+        sites, scales = {}, {}
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
+            buffer = f"{leaf}:scale"
+            sites[name] = PyroSample(GaussianSite(parameter.shape, buffer))
             scale = torch.full((), variance**0.5, dtype=parameter.dtype, device=parameter.device)
-            self.get_submodule(path).register_buffer(leaf + "_scale", scale, persistent=False)
+            scales[path, buffer] = scale
+        plant(self, sites, node=PyroModule)
+        for (path, buffer), scale in scales.items():
+            self.get_submodule(path).register_buffer(buffer, scale, persistent=False)
 
     def forward(self) -> dict[str, Tensor]:
         """Makes the sample statements.
@@ -81,4 +76,4 @@ class GaussianPrior(PyroModule):
         Returns:
             The value of each site by the name of its parameter.
         """
-        return {name: attrgetter(name)(self) for name in self.sites.values()}
+        return {name: attrgetter(name)(self) for name in self.__names}

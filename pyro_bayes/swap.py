@@ -40,7 +40,7 @@ class Swap:
     def __init__(self, module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
         self._module = module
         self._names = names
-        self._open = 0
+        self._layers: list[Mapping[str, Tensor]] = []
         self.prepare()
 
     def prepare(self) -> None:
@@ -112,21 +112,27 @@ class Swap:
         """The module's own parameters by first name."""
         return self._originals
 
+    @property
+    def is_open(self) -> bool:
+        """Whether any context is open."""
+        return bool(self._layers)
+
     def copy(self) -> nn.Module:
         """Returns a deep copy of the module with its own parameters, also while a swap is open."""
         # A computed weight has a graph, which torch refuses to copy.
         values = (d.get(k) for d, k in self._attributes)
         memo = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor)}
-        with self(self._originals):
+        with self(dict(self._originals)):
             return copy.deepcopy(self._module, memo)
 
     @contextmanager
     def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Holds values in the place of parameters while the context is open.
 
-        On the way out, also by exception, every place holds again what it held, each submodule is
-        in the mode (training or evaluation) it was in, and attributes that held a plain tensor,
-        such as the weights that weight norm computes, hold it again.
+        Contexts may be nested, and left in any order: a place holds the value of the latest that
+        is open, and the parameter again when none is. On the way out, also by exception, each
+        submodule is in the mode (training or evaluation) it was in, and attributes that held a
+        plain tensor, such as the weights that weight norm computes, hold it again.
 
         Arguments:
             values: The tensors by the first names of the parameters they stand for.
@@ -134,19 +140,23 @@ class Swap:
         Raises:
             RuntimeError: If the module has lost or replaced one of its parameters.
         """
-        if not self._open:
+        if not self._layers:
             self._verify()
-        saved = [(c, k, c[k]) for name in values for c, k in self._places[name]]
         attributes = [(d, k, d.get(k, _MISSING)) for d, k in self._attributes]
-        self._open += 1
+        self._layers.append(values)
         try:
             for name, value in values.items():
                 for container, key in self._places[name]:
                     container[key] = value
             yield
         finally:
-            self._open -= 1
-            for container, key, value in saved + attributes:
+            self._layers = [layer for layer in self._layers if layer is not values]
+            for name in values:
+                below = (layer[name] for layer in reversed(self._layers) if name in layer)
+                value = next(below, self._originals[name])
+                for container, key in self._places[name]:
+                    container[key] = value
+            for container, key, value in attributes:
                 if value is not _MISSING:
                     container[key] = value
 

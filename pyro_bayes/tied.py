@@ -54,6 +54,7 @@ class TiedModule(PyroModule):
         self.register_state_dict_post_hook(_drop_included)
         self.register_load_state_dict_pre_hook(_add_included)
         self.register_load_state_dict_post_hook(_after_load)
+        self._mutex = threading.RLock()
         self._prepare()
 
     @property
@@ -99,7 +100,7 @@ class TiedModule(PyroModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base" not in modules or name.startswith("__"):
+            if "_swap" not in self.__dict__ or name.startswith("__"):
                 raise
         try:
             return getattr(modules["base"], name)
@@ -123,7 +124,6 @@ class TiedModule(PyroModule):
 
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced, and ties them."""
-        self._mutex = threading.RLock()
         self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
         for choice in self._choices:
             if choice.included:
@@ -161,7 +161,16 @@ class TiedModule(PyroModule):
         # A compiled function runs in one thread, and cannot hold a lock.
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
 
+    def _check_closed(self) -> None:
+        if self._swap.is_open:
+            raise RuntimeError(
+                "Expected no context of the model to be open while it is converted, copied or"
+                " loaded; got one, in which the base holds draws. Leave `reparameterize()` or"
+                " `lift()` first."
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._check_closed()
         self._pull()
         super()._apply(fn, recurse)
         self._replaced()
@@ -176,11 +185,13 @@ class TiedModule(PyroModule):
             module._pyro_context = context
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_closed()
         state = dict(super().__getstate__())
         return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._mutex = threading.RLock()
         self._prepare()
 
 
@@ -193,6 +204,7 @@ def _drop_included(model: TiedModule, state: dict[str, Any], prefix: str, _: Any
 
 def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Puts the means in the base's places again before a state dict is loaded."""
+    model._check_closed()
     model._pull()
     for choice in model._choices:
         mean = state.get(f"{prefix}guide.means.{choice.name}")

@@ -126,6 +126,45 @@ def test_contexts_nest(net, data):
         assert torch.equal(model(x), outer)
 
 
+def test_contexts_may_close_in_any_order(net, data):
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    x, _ = data
+    first, second = bnn.reparameterize(), bnn.reparameterize()
+    model = first.__enter__()
+    second.__enter__()
+    inner = model(x)
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), inner)
+    second.__exit__(None, None, None)
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+
+
+class Named(nn.Module):
+    """Parameters and children whose names the library's own modules might use."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("weight", "weight_scale", "variance", "sites", "means", "prior", "_names"):
+            self.register_parameter(name, nn.Parameter(torch.ones(())))
+        self.guide = nn.Linear(1, 1)
+        self.base = nn.ModuleDict({"logvars": nn.Linear(1, 1), "locs": nn.Linear(1, 1)})
+
+    def forward(self, x):
+        return sum(p.sum() for p in self.parameters()) * x
+
+
+def test_any_name_will_do():
+    named = Named()
+    bnn = BayesianModel(named)
+    assert list(bnn.sample_params()) == [name for name, _ in named.named_parameters()]
+    x = torch.ones(1)
+    with bnn.reparameterize() as model:
+        assert not torch.equal(model(x), named.forward.__func__(bnn.base, x).detach() * 2)
+    with bnn.lift() as model:
+        assert model(x).shape == (1,)
+    assert set(bnn.guide()) == set(bnn.sample_params())
+
+
 def test_kl_of_the_model(net):
     bnn = BayesianModel(net, prior_var=0.5)
     kl = bnn.kl_divergence()

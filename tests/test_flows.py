@@ -87,7 +87,7 @@ def test_density_of_an_observed_flow_is_that_of_the_draw(bnn, data, plate):
 
     trace = poutine.trace(model).get_trace()
     trace.compute_log_prob()  # after the base was given back
-    draws = {name: trace.nodes[name]["value"] for name in bnn.prior.sites}
+    draws = {name: trace.nodes[name]["value"] for name in bnn.guide.sites}
     with bnn._swap(draws):
         expected = bnn.base(c).log_prob(x)
     torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected)

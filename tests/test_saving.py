@@ -195,6 +195,25 @@ def test_conversion_that_replaces_parameters():
     assert {id(p) for p in bnn.parameters()} == {id(p) for p in held.values()}
 
 
+CHANGES = {
+    "double": lambda bnn: bnn.double(),
+    "deepcopy": copy.deepcopy,
+    "save": lambda bnn: round_trip(bnn, weights_only=False),
+    "load": lambda bnn: bnn.load_state_dict(bnn.state_dict()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_open_context_is_left_first(change):
+    bnn = make()
+    with bnn.reparameterize(), pytest.raises(RuntimeError, match="Expected no context"):
+        change(bnn)
+    change(bnn)
+    assert is_tied(bnn)
+    with bnn.reparameterize() as model:
+        model(torch.randn(2, 3, dtype=model[0].weight.dtype))
+
+
 def test_base_can_be_saved_after_svi():
     bnn = make()
     step(bnn)
