@@ -9,7 +9,7 @@ from torch import nn
 from zuko.nn import MaskedLinear
 
 from pyro_bayes import BayesianModel
-from pyro_bayes.local import RULES, GaussianTensor, LocalNoise
+from pyro_bayes.local import RULES, GaussianTensor, LocalNoise, mean_of, variance_of
 
 
 def linear(**kwargs):
@@ -189,6 +189,8 @@ def test_draw_of_a_product_is_the_product_of_the_draw():
     product = mask * gaussian * 2
     assert isinstance(product, GaussianTensor)
     torch.testing.assert_close(product + 0, 2 * mask * (gaussian + 0))
+    torch.testing.assert_close(mean_of(product), 2 * mask * mean_of(gaussian))
+    torch.testing.assert_close(variance_of(product), 4 * mask**2 * variance_of(gaussian))
 
 
 def test_activation_times_parameter_is_an_output():

@@ -1,0 +1,52 @@
+"""The scores of two nets on the same test data, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one net predicts the test data.
+
+    Arguments:
+        log_likelihoods: The log predictive density of each test example in nats, of shape
+            :math:`(N,)`.
+        error: The error, as it is printed.
+        calibration: The measure of calibration, as it is printed.
+    """
+
+    log_likelihoods: Tensor
+    error: str
+    calibration: str
+
+
+def show(title: str, scores: dict[str, Score], *, error: str, calibration: str) -> None:
+    """Prints a table of scores.
+
+    Arguments:
+        title: The line above the table.
+        scores: The scores by the name of the net, first without Bayes.
+        error: What the error is.
+        calibration: What the measure of calibration is.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    for header in ("", "log-likelihood", error, calibration):
+        table.add_column(header, justify="right" if header else "left")
+    for name, score in scores.items():
+        table.add_row(name, _mean(score.log_likelihoods), score.error, score.calibration)
+    plain, bayesian = (score.log_likelihoods for score in scores.values())
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(title, table, sep="\n")
+    gain = _mean(bayesian - plain, sign="+")
+    console.print(f"Log-likelihood in nats per example, ± a standard error; gain {gain}.\n")
+
+
+def _mean(values: Tensor, *, sign: str = "") -> str:
+    error = values.std().item() / len(values) ** 0.5
+    return f"{values.mean().item():{sign}.3f} ± {error:.3f}"
