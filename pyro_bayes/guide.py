@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from pyro_bayes.tree import plant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
 
 
 class MeanField(AutoNormal):
@@ -82,8 +86,10 @@ class MeanField(AutoNormal):
         self.logvars = plant(nn.Module(), logvars)
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
         self._wished_name = store_name
-        self._find_parameters(store.claim(store_name, self))
-        self._setup_prototype()
+        self.store_name = store.claim(store_name, self)
+        self._find_parameters()
+        with _constructing:
+            self._setup_prototype()
         store.allow_module_local(self)
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -92,8 +98,8 @@ class MeanField(AutoNormal):
 
         Values that were loaded into Pyro's param store arrive here first.
         """
-        store.pull(self._stored)
-        return self._posterior
+        store.pull(self._stored())
+        return {name: (m[leaf], v[leaf]) for name, (m, v, leaf) in self._places.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Makes one sample statement per site; the arguments of the model are ignored.
@@ -130,30 +136,31 @@ class MeanField(AutoNormal):
 
     def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
         parameter = self.sites[name]
-        mean, logvar = self._posterior[parameter]
-        loc = store.statement(f"{self.store_name}.means.{parameter}", mean)
-        logvar_ = store.statement(f"{self.store_name}.logvars.{parameter}", logvar)
-        return loc, (0.5 * logvar_).exp()
+        means, logvars, leaf = self._places[parameter]
+        mean = store.statement(f"{self.store_name}.means.{parameter}", means[leaf])
+        logvar = store.statement(f"{self.store_name}.logvars.{parameter}", logvars[leaf])
+        return mean, (0.5 * logvar).exp()
 
-    def _find_parameters(self, store_name: str) -> None:
-        """Looks the parameters up anew, after any of them may have been replaced."""
-        self.store_name = store_name
-        means = dict(self._tree("means").named_parameters())
-        logvars = dict(self._tree("logvars").named_parameters())
-        self._posterior = {name: (means[name], logvars[name]) for name in means}
-        self._stored = {f"{store_name}.means.{n}": p for n, p in means.items()} | {
-            f"{store_name}.logvars.{n}": p for n, p in logvars.items()
-        }
+    def _find_parameters(self) -> None:
+        # The dictionaries are kept, not the parameters, which functional calls may swap.
+        self._places: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+        for name in self.sites.values():
+            path, _, leaf = name.rpartition(".")
+            means, logvars = (self._tree(k).get_submodule(path) for k in ("means", "logvars"))
+            self._places[name] = means._parameters, logvars._parameters, leaf
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        stored = {}
+        for name, (means, logvars, leaf) in self._places.items():
+            stored[f"{self.store_name}.means.{name}"] = means[leaf]
+            stored[f"{self.store_name}.logvars.{name}"] = logvars[leaf]
+        return stored
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        store.pull(self._stored)
+        store.pull(self._stored())
         super()._apply(fn, recurse)
-        self._replaced()
+        store.replace(self._stored())
         return self
-
-    def _replaced(self) -> None:
-        self._find_parameters(self.store_name)
-        store.replace(self._stored)
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class takes the model and the master away from the original when it is copied.
@@ -165,8 +172,9 @@ class MeanField(AutoNormal):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._find_parameters(store.claim(self._wished_name, self))
+        self.store_name = store.claim(self._wished_name, self)
+        self._find_parameters()
 
 
 def _after_load(guide: MeanField, _: Any) -> None:
-    guide._replaced()
+    store.replace(guide._stored())

@@ -64,6 +64,7 @@ class Particles:
         draws: The draws by name, of shape :math:`(P, *)` or, the same for all particles, :math:`*`.
         batched: The names of those that have the dimension of size :math:`P`.
         depth: The number of plate dimensions to the right of the particles'.
+        event_dim: The number of dimensions of an output that belong to no plate, if it is known.
     """
 
     def __init__(
@@ -73,24 +74,25 @@ class Particles:
         draws: Mapping[str, Tensor],
         batched: set[str],
         depth: int,
+        event_dim: int | None,
     ) -> None:
         self._module, self._swap, self._draws = module, swap, dict(draws)
         self._in_dims = {name: 0 if name in batched else None for name in draws}
         self._size = len(draws[next(iter(batched))])
-        self._depth = depth
+        self._depth, self._event_dim = depth, event_dim
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         r"""Calls the module once per draw, with the same arguments for all.
 
-        As with Pyro's own sites, the particles' dimension stands to the left of the plates'. So a
-        tensor of one draw either has a dimension for each plate, or fewer dimensions than there
-        are plates, as a scalar, and then gets dimensions of size 1.
+        As with Pyro's own sites, the particles' dimension stands to the left of the plates'. Plates
+        that an output has no dimension for become dimensions of size 1.
 
         Returns:
             What the module returns, each tensor with a dimension of size :math:`P` on its left.
 
         Raises:
-            ValueError: If an argument was computed and may differ between particles.
+            ValueError: If an argument may differ between particles, or an output may have
+                dimensions for some of several plates.
             RuntimeError: If the module cannot be batched over draws.
         """
         for x in tree_leaves((args, kwargs)):
@@ -113,11 +115,21 @@ class Particles:
         return tree_map_only(Tensor, self._align, output)
 
     def _align(self, output: Tensor) -> Tensor:
-        missing = self._depth + 1 - output.dim()
+        plates = output.dim() - 1 - (self._event_dim or 0)
+        if self._event_dim is None:
+            if self._depth > 1 and plates > 0:
+                raise ValueError(
+                    f"Expected event_dim for a model with {self._depth} nested plates; got None,"
+                    f" and an output of shape {tuple(output.shape[1:])}, which may have dimensions"
+                    " for some of the plates only. Say how many of its dimensions belong to no"
+                    " plate: `with bnn.lift(event_dim=1) as net:`."
+                )
+            plates = min(plates, self._depth)
+        missing = self._depth - plates
         return output.reshape(-1, *[1] * missing, *output.shape[1:]) if missing > 0 else output
 
     def _check(self, x: Tensor) -> None:
-        if x.grad_fn is not None and x.dim() >= self._depth + 2 and len(x) == self._size:
+        if x.dim() >= max(self._depth, 1) + 2 and len(x) == self._size:
             raise ValueError(
                 f"Expected an input that all {self._size} particles share; got one of shape"
                 f" {tuple(x.shape)}, whose first dimension may be the particles'. Choose another"

@@ -13,7 +13,8 @@ To add a rule, write one function of the operator's own signature that returns t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -217,11 +218,23 @@ def noisy(operator: str, mean: Tensor, variance: Tensor, *sources: Any) -> Tenso
         | https://arxiv.org/abs/1506.02557
     """
     gaussians = [s for s in sources if isinstance(s, GaussianTensor)]
+    with _wide(mean) as wide:
+        # The gradient of a square root is infinite at zero, where the variance's own is zero: the
+        # smallest normal number makes their product zero instead of NaN.
+        variance = wide(variance)
+        scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt().to(mean.dtype)
     epsilon = gaussians[0]._noise((operator, *(g._name for g in gaussians)), mean)
-    # The gradient of a square root is infinite at zero, where the variance's own is zero: the
-    # smallest normal number makes their product zero instead of NaN.
-    scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
     return torch.addcmul(mean, scale, epsilon)
+
+
+@contextmanager
+def _wide(output: Tensor) -> Iterator[Callable[[Any], Any]]:
+    """Yields a conversion to the precision of variances: single, where half would overflow."""
+    if output.dtype != torch.float16:
+        yield lambda value: value
+    else:
+        with torch.autocast(output.device.type, enabled=False):
+            yield lambda value: None if value is None else value.float()
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -243,11 +256,10 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     input = drawn(input)
     mean = F.linear(input, mean_of(weight), mean_of(bias))
     if isinstance(weight, GaussianTensor):
-        variance = F.linear(
-            input.square(),
-            variance_of(weight),
-            variance_of(bias) if isinstance(bias, GaussianTensor) else None,
-        )
+        bias_variance = variance_of(bias) if isinstance(bias, GaussianTensor) else None
+        with _wide(mean) as wide:
+            squares, weight_variance = wide(input).square(), wide(variance_of(weight))
+            variance = F.linear(squares, weight_variance, wide(bias_variance))
     elif isinstance(bias, GaussianTensor):
         variance = variance_of(bias).expand_as(mean)
     else:

@@ -84,8 +84,7 @@ class BayesianModel(TiedModule):
         prior_var: float = 1.0,
         name: str | None = None,
     ) -> None:
-        if not isinstance(base, nn.Module):
-            raise TypeError(f"Expected base to be an nn.Module; got {type(base).__name__}.")
+        _check_base(base)
         if not _is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
         _check_prior_var(prior_var)
@@ -123,9 +122,8 @@ class BayesianModel(TiedModule):
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
-        with self._lock():
-            posterior = self._guide.posterior()
-            return {name: gaussian.draw(*q) for name, q in posterior.items()}
+        posterior = self._guide.posterior()
+        return {name: gaussian.draw(*q) for name, q in posterior.items()}
 
     def sample_model(self) -> nn.Module:
         """Returns a standalone copy of the base with parameters sampled from the posterior.
@@ -161,7 +159,9 @@ class BayesianModel(TiedModule):
         outputs. Gradients flow to the posterior's parameters, and the loss may be computed inside
         or after. The base is given back on the way out, also by exception.
 
-        Contexts of one model nest. Threads wait for each other.
+        Contexts of one model nest; the innermost counts. Threads wait for each other. A base that
+        computes again in the backward pass (activation checkpointing, some flows) needs the
+        backward pass inside.
 
         Arguments:
             local_trick: Whether linear layers sample their outputs from the distribution that the
@@ -191,8 +191,8 @@ class BayesianModel(TiedModule):
                 values = {n: GaussianTensor.of(*q, n, noise) for n, q in posterior.items()}
             else:
                 values = self.sample_params()
-            with self._swap(values):
-                yield self._base
+            with self._hold(values) as base:
+                yield base
 
     def kl_divergence(self, prior_var: float | None = None) -> Tensor:
         r"""Computes the KL divergence between the posterior and the prior in closed form.
@@ -223,8 +223,7 @@ class BayesianModel(TiedModule):
         if prior_var is None:
             prior_var = self._prior_var
         _check_prior_var(prior_var)
-        with self._lock():
-            posterior = self._guide.posterior().values()
+        posterior = self._guide.posterior().values()
         terms = [gaussian.kl_divergence(*q, prior_var=float(prior_var)) for q in posterior]
         kl = terms[0]
         for term in terms[1:]:
@@ -235,7 +234,7 @@ class BayesianModel(TiedModule):
     # Pyro
 
     @contextmanager
-    def lift(self) -> Iterator[Any]:
+    def lift(self, *, event_dim: int | None = None) -> Iterator[Any]:
         """Makes the sample statements of a Pyro model, and holds the values in the base.
 
         There is one statement per included parameter, of its dotted name (behind the model's name
@@ -245,7 +244,13 @@ class BayesianModel(TiedModule):
         densities of :class:`pyro.contrib.zuko.ZukoToPyro` sites, which are.
 
         When Pyro vectorises over draws (`vectorize_particles=True`, or `parallel=True` in
-        :class:`pyro.infer.Predictive`), calls of the network are batched by :func:`torch.vmap`.
+        :class:`pyro.infer.Predictive`), calls of the network are batched by :func:`torch.vmap`, and
+        its outputs get the particles' dimension to the left of the plates'.
+
+        Arguments:
+            event_dim: The number of dimensions on the right of an output that belong to no plate.
+                By default, an output has a dimension for the model's plate, or is a scalar. It
+                must be given to vectorise a model with nested plates.
 
         Yields:
             The base. When Pyro vectorises, a callable that stands for it.
@@ -281,10 +286,11 @@ class BayesianModel(TiedModule):
                 values[name] = store.statement(self._store_key(name), parameter)
             values, batched = stack(values, self._swap.originals)
             if batched:
-                yield Particles(self._base, self._swap, values, batched, messenger.depth or 0)
+                depth = messenger.depth or 0
+                yield Particles(self._base, self._swap, values, batched, depth, event_dim)
             else:
-                with self._swap(values):
-                    yield self._base
+                with self._hold(values) as base:
+                    yield base
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Lifts the base and calls it, inside a Pyro model.
@@ -351,6 +357,23 @@ class BayesianModel(TiedModule):
         )
         summary.print()
         return summary
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"Expected base to be an nn.Module; got {type(base).__name__}.")
+    for name, module in base.named_modules():
+        where = f"'{name}' in it" if name else "it"
+        if isinstance(module, TiedModule):
+            raise TypeError(
+                f"Expected a base whose parameters are not Bayesian yet; got {where}, a"
+                f" {type(module).__name__}. Wrap its own base, or use the two side by side."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"Expected a base in Python; got {where}, a {type(module).__name__}, whose"
+                " parameters TorchScript has fixed. Wrap the module before scripting it."
+            )
 
 
 def _is_number(value: Any) -> bool:

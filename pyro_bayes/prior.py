@@ -18,15 +18,15 @@ class GaussianSite:
 
     Arguments:
         shape: The shape of the parameter.
-        scale: The name of the buffer that holds :math:`\sigma_p`, in the site's module.
+        variance: The variance :math:`\sigma_p^2`.
+        like: The name of a buffer of the site's module, which shows the dtype and device.
     """
 
-    def __init__(self, shape: torch.Size, scale: str) -> None:
-        self.shape = shape
-        self.scale = scale
+    def __init__(self, shape: torch.Size, variance: float, like: str) -> None:
+        self.shape, self.variance, self.like = shape, variance, like
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
-        scale = module.get_buffer(self.scale)
+        scale = module.get_buffer(self.like).new_full((), self.variance**0.5)
         prior: dist.TorchDistribution = (
             dist.Normal(torch.zeros_like(scale), scale).expand(self.shape).to_event()
         )
@@ -59,16 +59,15 @@ class GaussianPrior(PyroModule):
         # Sites are attributes of this module under any name that a parameter may have. So what else
         # it has bears a mangled name, and the buffers a name that no attribute has.
         self.__names = tuple(parameters)
-        sites, scales = {}, {}
+        sites, likes = {}, {}
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
-            buffer = f"{leaf}:scale"
-            sites[name] = PyroSample(GaussianSite(parameter.shape, buffer))
-            scale = torch.full((), variance**0.5, dtype=parameter.dtype, device=parameter.device)
-            scales[path, buffer] = scale
+            like = f"{leaf}:like"
+            sites[name] = PyroSample(GaussianSite(parameter.shape, variance, like))
+            likes[path, like] = parameter.detach().new_zeros(())
         plant(self, sites, node=PyroModule)
-        for (path, buffer), scale in scales.items():
-            self.get_submodule(path).register_buffer(buffer, scale, persistent=False)
+        for (path, like), zero in likes.items():
+            self.get_submodule(path).register_buffer(like, zero, persistent=False)
 
     def forward(self) -> dict[str, Tensor]:
         """Makes the sample statements.

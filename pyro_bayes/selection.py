@@ -72,6 +72,8 @@ def select(
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
 
+    if not names:
+        raise ValueError(f"Expected a base with parameters; got {type(base).__name__} without any.")
     every = [name for aliases in names.values() for name in aliases]
     include = _compile_all("include_params", include_params, every)
     exclude = _compile_all("exclude_params", exclude_params, every)
@@ -94,7 +96,7 @@ def select(
         included, reason = _decide(parameters[key], aliases, include, exclude)
         choices.append(Choice(aliases[0], tuple(aliases[1:]), included, reason))
     if not any(choice.included for choice in choices):
-        reasons = ", ".join(f"{c.name}: {c.reason}" for c in choices[:5]) or "it has no parameters"
+        reasons = ", ".join(f"{c.name}: {c.reason}" for c in choices[:5])
         raise ValueError(
             "Expected at least one included parameter; got none"
             f" from include_params={include_params!r}, exclude_params={exclude_params!r}"

@@ -45,9 +45,9 @@ def claim(name: str, owner: object) -> str:
         found = f"{name}_{number}"
     _owners[found] = weakref.ref(owner)
     store = pyro.get_param_store()
+    parts = tuple(f"{found}.{part}." for part in ("means", "logvars", "base"))
     for key, held in list(store.named_parameters()):
-        ours = _registered.get(id(held), lambda: None)() is held
-        if ours and key.startswith(found + "."):
+        if key.startswith(parts) and _registered.get(id(held), lambda: None)() is held:
             del store[key]
     return found
 
@@ -61,7 +61,7 @@ def pull(parameters: Mapping[str, nn.Parameter]) -> None:
     Raises:
         ValueError: If the store holds a value of another shape.
     """
-    held = pyro.get_param_store().named_parameters().mapping  # type: ignore[attr-defined]
+    held = _held()
     foreign = {n: p for n, p in parameters.items() if held.get(n, p) is not p}
     if not foreign:
         return
@@ -105,6 +105,11 @@ def replace(parameters: Mapping[str, nn.Parameter]) -> None:
     register({name: parameter for name, parameter in parameters.items() if name in held})
 
 
+def _held() -> Mapping[str, Tensor]:
+    """The unconstrained values in the store by name, without a copy."""
+    return pyro.get_param_store().named_parameters().mapping  # type: ignore[attr-defined, no-any-return]
+
+
 def _forget(key: int, _: Any) -> None:
     _registered.pop(key, None)
 
@@ -121,9 +126,10 @@ def statement(name: str, parameter: nn.Parameter) -> Tensor:
     Returns:
         An alias of the parameter, or what a Pyro handler put in its place.
     """
-    pull({name: parameter})
-    if not pyro.settings.get("module_local_params") and name not in pyro.get_param_store():
-        register({name: parameter})
+    if _held().get(name) is not parameter:
+        pull({name: parameter})
+        if not pyro.settings.get("module_local_params"):
+            register({name: parameter})
     # The weak reference that Pyro's optimisers follow sits on an alias: on the parameter itself it
     # would keep the user's module from being pickled.
     alias = parameter.view_as(parameter)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_bayes import store
 from pyro_bayes.guide import MeanField
@@ -73,7 +74,9 @@ class TiedModule(PyroModule):
         """Returns the parameters that may train: those of the posterior, and deterministic ones.
 
         The base's included parameters share storage with the means and never get a gradient, so
-        they are left out.
+        they are left out. A module that contains this one does name them: what writes to each of
+        a module's parameters in place, as :class:`torch.optim.swa_utils.AveragedModel` does, must
+        be told to take buffers too (`use_buffers=True`), or be given the guide alone.
 
         Arguments:
             prefix: What stands in front of the names.
@@ -84,10 +87,17 @@ class TiedModule(PyroModule):
             Pairs of name and parameter.
         """
         self._pull()
-        hidden = {id(self._swap.originals[c.name]) for c in self._choices if c.included}
+        stem = f"{prefix}.base." if prefix else "base."
+        # Inside a context, other tensors stand in the base.
+        own = {
+            stem + name: None if c.included else self._swap.originals[c.name]
+            for c in self._choices
+            for name in (c.name, *c.aliases)
+        }
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) not in hidden:
-                yield name, parameter
+            found = own.get(name, parameter)
+            if found is not None:
+                yield name, found
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -109,6 +119,14 @@ class TiedModule(PyroModule):
                 f"Expected an attribute of {type(self).__name__} or of its base"
                 f" {type(modules['base']).__name__}; got '{name}'."
             ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("base", "prior", "guide"):
+            raise AttributeError(
+                f"Expected '{name}' to stay what it is; got {type(value).__name__}. Wrap another"
+                " module in a new BayesianModel."
+            )
+        super().__setattr__(name, value)
 
     @property
     def _base(self) -> nn.Module:
@@ -156,6 +174,16 @@ class TiedModule(PyroModule):
     def _replaced(self) -> None:
         self._prepare()
         store.replace(self._stored())
+
+    @contextmanager
+    def _hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Swaps values into the base, and yields it."""
+        training = self.training
+        try:
+            with self._swap(values):
+                yield self._base
+        finally:
+            self.training = training
 
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
         # A compiled function runs in one thread, and cannot hold a lock.
@@ -213,8 +241,11 @@ def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any
                 state.setdefault(f"{prefix}base.{name}", mean.detach())
 
 
-def _after_load(model: TiedModule, _: Any) -> None:
+def _after_load(model: TiedModule, keys: Any) -> None:
     model._replaced()
+    # What is missing of the included parameters is missing of the means, and named there.
+    names = {n for c in model._choices if c.included for n in (c.name, *c.aliases)}
+    keys.missing_keys[:] = [k for k in keys.missing_keys if k.rpartition("base.")[2] not in names]
 
 
 def _before_save(model: TiedModule, *_: Any) -> None:

@@ -1,6 +1,7 @@
 """The documented calls, in plain PyTorch."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -126,6 +127,55 @@ def test_contexts_nest(net, data):
         assert torch.equal(model(x), outer)
 
 
+def test_parameters_are_the_same_inside_a_context():
+    bnn = BayesianModel(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), exclude_params="0.bias")
+    outside = list(bnn.named_parameters())
+    for context in (bnn.reparameterize(), bnn.lift()):
+        with context:
+            inside = list(bnn.named_parameters())
+        assert [(n, id(p)) for n, p in inside] == [(n, id(p)) for n, p in outside]
+
+
+def test_mode_that_is_set_inside_a_context_is_given_back_whole(net):
+    bnn = BayesianModel(net)
+    with bnn.reparameterize():
+        bnn.eval()
+    assert bnn.training
+    assert all(module.training for module in net.modules())
+
+
+def test_functional_calls_reach_the_posterior(net, data):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bnn = BayesianModel(net)
+
+        def forward(self, x):
+            with self.bnn.reparameterize() as model:
+                return model(x).square().sum() + self.bnn.kl_divergence()
+
+    loss = Loss()
+    values = {n: p.detach() for n, p in loss.named_parameters() if p.requires_grad}
+    torch.manual_seed(1)
+    grads = torch.func.grad(lambda v: torch.func.functional_call(loss, v, (data[0],)))(values)
+    torch.manual_seed(1)
+    loss(data[0]).backward()
+    for name, parameter in loss.bnn.named_parameters():
+        torch.testing.assert_close(grads[f"bnn.{name}"], parameter.grad)
+
+
+def test_averaged_model(net):
+    bnn = BayesianModel(net)
+    averaged = torch.optim.swa_utils.AveragedModel(bnn, use_buffers=True)
+    with torch.no_grad():
+        for mean in bnn.means.parameters():
+            mean.fill_(7.0)
+    averaged.update_parameters(bnn)
+    assert all((p == 7.0).all() for p in averaged.module.means.parameters())
+    assert all((p == -9.0).all() for p in averaged.module.logvars.parameters())
+    assert all((p == 7.0).all() for p in averaged.module.base.parameters())
+
+
 def test_contexts_may_close_in_any_order(net, data):
     bnn = BayesianModel(net, init_logvar=-2.0)
     x, _ = data
@@ -207,6 +257,12 @@ def test_calling_outside_of_pyro_names_the_calls_meant(net, data):
         assert call in str(error.value)
 
 
+def scripted(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(net, torch.ones(2, 3))
+
+
 ERRORS = {
     "not a module": (lambda net: BayesianModel(lambda x: x), TypeError, "Expected base to be an"),
     "logvar nan": (lambda net: BayesianModel(net, float("nan")), ValueError, "init_logvar"),
@@ -214,6 +270,18 @@ ERRORS = {
     "prior zero": (lambda net: BayesianModel(net, prior_var=0.0), ValueError, "prior_var"),
     "prior negative": (lambda net: BayesianModel(net, prior_var=-1.0), ValueError, "prior_var"),
     "prior inf": (lambda net: BayesianModel(net, prior_var=float("inf")), ValueError, "prior_var"),
+    "bayesian": (lambda net: BayesianModel(BayesianModel(net)), TypeError, "not Bayesian yet"),
+    "bayesian inside": (
+        lambda net: BayesianModel(nn.Sequential(BayesianModel(net))),
+        TypeError,
+        "'0' in it, a BayesianModel",
+    ),
+    "scripted": (
+        lambda net: BayesianModel(scripted(net)),
+        TypeError,
+        "Expected a base in Python",
+    ),
+    "new base": (lambda net: setattr(BayesianModel(net), "base", net), AttributeError, "'base'"),
     "kl prior": (lambda net: BayesianModel(net).kl_divergence(0.0), ValueError, "prior_var"),
     "name empty": (lambda net: BayesianModel(net, name=""), ValueError, "name"),
 }
@@ -224,7 +292,7 @@ def test_errors_say_what_was_expected(net, call, error, match):
     with pytest.raises(error, match=r"Expected .*; got") as raised:
         call(net)
     assert match in str(raised.value)
-    if "kl" not in match and "_var" not in match:
+    if match in ("name", "init_logvar") or "Python" in match:
         assert all(p.requires_grad for p in net.parameters())
 
 

@@ -130,6 +130,18 @@ def test_vanishing_variance_gives_the_plain_net(net, data, dtype, local_trick):
     torch.testing.assert_close(output, bnn.base(x))
 
 
+def test_half_precision_neither_overflows_nor_adds_noise():
+    bnn = BayesianModel(nn.Linear(4, 3, dtype=torch.float16), init_logvar=-16.0)
+    x = torch.full((2000, 4), 1e-1, dtype=torch.float16)
+    with torch.no_grad(), bnn.reparameterize(local_trick=True) as model:
+        near = model(x).float()
+        far = model(3000 * x)
+    # The variance of an output is e⁻¹⁶ (4·0.1² + 1), far below half precision's smallest normal.
+    mean = x.float() @ bnn.means.weight.detach().float().T + bnn.means.bias.detach().float()
+    assert (near - mean).std() < 2e-3
+    assert far.isfinite().all()
+
+
 def test_variance_of_gradients_is_lower(data):
     net = nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 1))
     bnn = BayesianModel(net, init_logvar=-5.0)

@@ -96,9 +96,15 @@ def test_kl_of_the_mean_field_elbo_is_exact(bnn, data):
         with bnn.lift():
             pass
 
-    losses = [TraceMeanField_ELBO().loss(model, bnn.guide) for _ in range(5)]
-    assert max(losses) == min(losses)
-    assert losses[0] == pytest.approx(bnn.kl_divergence().item(), rel=1e-5)
+    for prior_var in (1.0, 0.3):
+        bnn = BayesianModel(bnn.base, prior_var=prior_var)
+        losses = [TraceMeanField_ELBO().loss(model, bnn.guide) for _ in range(5)]
+        assert max(losses) == min(losses)
+        assert losses[0] == pytest.approx(bnn.kl_divergence().item(), rel=1e-5)
+    # The prior is not rounded by a conversion there and back.
+    bnn.bfloat16().float()
+    loss = TraceMeanField_ELBO().loss(model, bnn.guide)
+    assert loss == pytest.approx(bnn.kl_divergence().item(), rel=1e-5)
 
 
 def test_elbo_module_under_a_torch_optimizer(bnn, data, module_local):
@@ -252,9 +258,52 @@ def test_parallel_prediction_aligns_outputs_with_plates():
     mean = node["fn"].mean
     assert mean.shape == (5, 5)
     torch.testing.assert_close(node["fn"].stddev, mean.exp().mean(1, keepdim=True).expand(5, 5))
-    # An input of as many rows as draws is an input like any other.
+    # A table of as many rows as draws is an input like any other.
     predictive = Predictive(model, guide=bnn.guide, num_samples=10, parallel=True)
     assert predictive(torch.randn(10, 3))["y"].shape == (10, 10)
+
+
+def test_vectorized_particles_with_nested_plates(data):
+    bnn = BayesianModel(nn.Linear(3, 4), init_logvar=-2.0)
+    x, label = data[0], torch.randint(0, 4, (12,))
+
+    def make(event_dim):
+        def model():
+            with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+                pyro.sample("effect", dist.Normal(0.0, 1.0), obs=torch.zeros(2, 3))
+            with bnn.lift(event_dim=event_dim) as net:
+                logits = net(x)
+            with pyro.plate("data", 12, dim=-1):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=label)
+
+        return model
+
+    def losses(**kwargs):
+        elbo = Trace_ELBO(num_particles=20, **kwargs)
+        return torch.tensor([elbo.loss(make(1), bnn.guide) for _ in range(20)])
+
+    loop, vectorized = losses(), losses(vectorize_particles=True)
+    error = ((loop.var() + vectorized.var()) / 20).sqrt()
+    assert abs(loop.mean() - vectorized.mean()) < 4 * error
+    with pytest.raises(ValueError, match="Expected event_dim for a model with 2 nested plates"):
+        Trace_ELBO(num_particles=3, vectorize_particles=True).loss(make(None), bnn.guide)
+
+
+def test_chained_nets_are_refused_without_gradients_too(data):
+    encoder = BayesianModel(nn.Linear(3, 4), name="encoder")
+    decoder = BayesianModel(nn.Linear(4, 1), name="decoder")
+
+    def model():
+        with encoder.lift() as f, decoder.lift() as g, pyro.plate("data", 12):
+            pyro.sample("y", dist.Normal(g(f(data[0])).squeeze(-1), 1.0), obs=torch.zeros(12))
+
+    def guide():
+        encoder.guide()
+        decoder.guide()
+
+    svi = SVI(model, guide, adam(), Trace_ELBO(num_particles=5, vectorize_particles=True))
+    with pytest.raises(ValueError, match="all 5 particles share"):
+        svi.evaluate_loss()
 
 
 def test_dropout_differs_between_vectorized_particles(data):

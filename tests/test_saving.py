@@ -77,6 +77,12 @@ def test_strict_loading_names_what_is_missing():
         bnn.load_state_dict(state)
 
 
+def test_state_of_a_plain_net_is_refused_by_names_that_exist(net):
+    with pytest.raises(RuntimeError, match=r"guide\.means\.0\.weight") as error:
+        BayesianModel(net).load_state_dict(net.state_dict())
+    assert "base.0" not in str(error.value)
+
+
 def test_tied_parameters_round_trip():
     def tied():
         net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))

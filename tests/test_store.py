@@ -233,6 +233,14 @@ def test_names_are_unique_among_living_models(net, name):
     assert first.guide.sites == second.guide.sites
 
 
+def test_names_that_begin_alike_keep_their_entries(data):
+    inner = Trainer(nn.Linear(3, 1), data, name="model.encoder")
+    inner.svi_step()
+    count = len(pyro.get_param_store())
+    BayesianModel(nn.Linear(3, 1), name="model")
+    assert len(pyro.get_param_store()) == count
+
+
 def test_models_are_freed_at_once(net):
     bnn = BayesianModel(net)
     with bnn.reparameterize() as model:

@@ -40,6 +40,17 @@ class Roots(nn.Module):
         return self.blocks["block-1"](x * self.named["scale"] + sum(self.many) + self.shift)
 
 
+class Listed(nn.Linear):
+    """A layer that reads its weight from a list of its own."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.all = [self.weight]
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.all[0], self.bias)
+
+
 def legacy_weight_norm():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -50,6 +61,7 @@ ROWS, TOKENS, SEQUENCES = torch.randn(6, 4), torch.tensor([[1, 2, 4]]), torch.ra
 BASES = {
     "tied": (Tied, TOKENS),
     "roots": (Roots, ROWS),
+    "listed": (Listed, ROWS),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), ROWS),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), ROWS),
     "legacy weight norm": (legacy_weight_norm, ROWS),
