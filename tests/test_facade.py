@@ -240,6 +240,12 @@ def test_mixed_dtypes(data):
     assert bnn.kl_divergence().dtype == torch.float64
 
 
+def test_numbers_of_other_libraries(net):
+    numpy = pytest.importorskip("numpy")
+    bnn = BayesianModel(net, numpy.float32(-4), prior_var=numpy.float64(0.5))
+    assert bnn.kl_divergence(numpy.float32(0.5)).item() == pytest.approx(bnn.kl_divergence().item())
+
+
 def test_unknown_attributes_fall_through_to_the_base(net):
     net.temperature = 0.7
     bnn = BayesianModel(net)
@@ -280,6 +286,11 @@ ERRORS = {
         lambda net: BayesianModel(scripted(net)),
         TypeError,
         "Expected a base in Python",
+    ),
+    "trick": (
+        lambda net: BayesianModel(net).reparameterize("flipout").__enter__(),
+        TypeError,
+        "True or False",
     ),
     "new base": (lambda net: setattr(BayesianModel(net), "base", net), AttributeError, "'base'"),
     "kl prior": (lambda net: BayesianModel(net).kl_divergence(0.0), ValueError, "prior_var"),
