@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from pyro_bayes import store
 from pyro_bayes.prior import GaussianPrior
 from pyro_bayes.tree import plant
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 _constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
@@ -155,12 +152,6 @@ class MeanField(AutoNormal):
             stored[f"{self.store_name}.means.{name}"] = means[leaf]
             stored[f"{self.store_name}.logvars.{name}"] = logvars[leaf]
         return stored
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        store.pull(self._stored())
-        super()._apply(fn, recurse)
-        store.replace(self._stored())
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class takes the model and the master away from the original when it is copied.
