@@ -17,7 +17,6 @@ from pyro_bayes import store
 from pyro_bayes.prior import GaussianPrior
 from pyro_bayes.tree import plant
 
-
 _constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
 
 
