@@ -50,6 +50,9 @@ def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
         A function that advances the bar by one step and shows a metric beside it.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda metric: None
+        return
     bar = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=20),
@@ -57,7 +60,6 @@ def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[metric]}"),
         console=console,
-        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task(title, total=steps, metric="")
