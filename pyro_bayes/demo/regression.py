@@ -114,7 +114,7 @@ def run(table: Table, *, seed: int, steps: int | None, draws: int, path: Path) -
     scores = {
         name: report.Score(
             prediction.log_prob(data.y_test),
-            f"{root_mean_squared_error(data.y_test, prediction.mean):.4g}",
+            f"{root_mean_squared_error(data.y_test, prediction.mean):#.4g}",
             f"{_covered(levels[name]):.1%}",
         )
         for name, prediction in predictions.items()
