@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +24,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+# Which model has tied a parameter of a base to its means, and whether the parameter trained before.
+_ties: dict[int, tuple[weakref.ref[nn.Parameter], weakref.ref[TiedModule], bool]] = {}
+
+
 class TiedModule(PyroModule):
     r"""A base, its prior and its guide, as one module.
 
     The base's included parameters share their storage with the means and do not train themselves.
-    The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A state
+    The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A base
+    has one model at a time: a later one takes it over, and the former keeps its posterior. A state
     dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
     deterministic. Before anything is read, values that were loaded into Pyro's param store arrive.
 
@@ -57,6 +64,7 @@ class TiedModule(PyroModule):
         self.register_load_state_dict_post_hook(_after_load)
         self._mutex = threading.RLock()
         self._prepare()
+        self._take_over()
 
     @property
     def means(self) -> nn.Module:
@@ -141,19 +149,34 @@ class TiedModule(PyroModule):
         return self._modules["guide"]  # type: ignore[return-value]
 
     def _prepare(self) -> None:
-        """Looks the parameters up, after any of them may have been replaced, and ties them."""
+        """Looks the parameters up, after any of them may have been replaced."""
         self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
-        for choice in self._choices:
-            if choice.included:
-                self._swap.originals[choice.name].requires_grad_(False)
-        self._tie()
 
     def _tie(self) -> None:
-        """Lets the base's included parameters share the storage of the means."""
+        """Lets the base's included parameters share the storage of the means, if they are ours."""
         originals = self._swap.originals
         for name, mean in self._guide.locs.named_parameters():
-            if originals[name].data_ptr() != mean.data_ptr():
-                originals[name].data = mean.data
+            original = originals[name]
+            if id(original) not in _ties:
+                self._claim(original, trained=True)
+            if original.data_ptr() != mean.data_ptr() and _ties[id(original)][1]() is self:
+                original.data = mean.data
+
+    def _claim(self, original: nn.Parameter, *, trained: bool) -> None:
+        reference = weakref.ref(original, partial(_forget, id(original)))
+        _ties[id(original)] = reference, weakref.ref(self), trained
+        original.requires_grad_(False)
+
+    def _take_over(self) -> None:
+        """Releases the base's parameters from a former model, and claims those included now."""
+        for choice in self._choices:
+            original = self._swap.originals[choice.name]
+            if id(original) in _ties:
+                original.requires_grad_(_ties.pop(id(original))[2])
+                original.data = original.data.clone()
+            if choice.included:
+                self._claim(original, trained=original.requires_grad)
+        self._tie()
 
     def _deterministic(self) -> dict[str, nn.Parameter]:
         """Returns the excluded parameters that train, by name."""
@@ -173,6 +196,7 @@ class TiedModule(PyroModule):
 
     def _replaced(self) -> None:
         self._prepare()
+        self._tie()
         store.replace(self._stored())
 
     @contextmanager
@@ -221,6 +245,11 @@ class TiedModule(PyroModule):
         super().__setstate__(state)
         self._mutex = threading.RLock()
         self._prepare()
+        self._take_over()
+
+
+def _forget(key: int, _: Any) -> None:
+    _ties.pop(key, None)
 
 
 def _drop_included(model: TiedModule, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -262,8 +262,28 @@ def test_two_models_on_one_base_have_posteriors_of_their_own(net, data):
     second.torch_step()
     second.svi_step()
     assert equal(first.values(), before)
-    first.check_agreement()
+    assert first.bnn.base is second.bnn.base
     second.check_agreement()
+    with first.bnn.reparameterize() as model:
+        assert torch.isfinite(model(data[0])).all()
+    second.check_agreement()
+
+
+def test_former_model_leaves_the_excluded_parameters_training(net, data):
+    net[0].bias.requires_grad_(False)
+    former = BayesianModel(net)
+    before = former.means.get_parameter("0.weight").clone()
+    trainer = Trainer(net, data, include_params="2")
+    assert net[0].weight.requires_grad
+    assert not net[0].bias.requires_grad
+    assert not net[2].weight.requires_grad
+    start = net[0].weight.clone()
+    trainer.torch_step()
+    trainer.svi_step()
+    assert not torch.equal(net[0].weight, start)
+    assert torch.equal(former.means.get_parameter("0.weight"), before)
+    assert isinstance(former.base, nn.Module)
+    trainer.check_agreement()
 
 
 def test_non_contiguous_parameters_keep_their_identity(data):
