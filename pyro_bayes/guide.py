@@ -14,7 +14,7 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
 from pyro_bayes import store
-from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.prior import GaussianPrior, distinct_sites
 from pyro_bayes.tree import plant
 
 _constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
@@ -104,9 +104,10 @@ class MeanField(AutoNormal):
             The draw of each site by the name of the site.
         """
         draws = {}
-        for site in self.sites:
-            loc, scale = self._get_loc_and_scale(site)
-            draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
+        with distinct_sites():
+            for site in self.sites:
+                loc, scale = self._get_loc_and_scale(site)
+                draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
         return draws
 
     @property

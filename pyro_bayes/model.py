@@ -16,7 +16,7 @@ from pyro_bayes import gaussian, store
 from pyro_bayes.guide import MeanField
 from pyro_bayes.lift import LiftMessenger, Particles, stack
 from pyro_bayes.local import GaussianTensor, LocalNoise
-from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.prior import GaussianPrior, distinct_sites
 from pyro_bayes.selection import select
 from pyro_bayes.summary import Row, Summary
 from pyro_bayes.tied import TiedModule
@@ -35,9 +35,10 @@ class BayesianModel(TiedModule):
               - D_{KL}(q(\theta) \,\|\, p(\theta)),
 
     through :meth:`lift` and Pyro's SVI, or through :meth:`reparameterize` and a plain PyTorch
-    loop. Both train the same parameters. The base keeps its class and structure; its included
-    parameters share their storage with the means, so that `base` is at any time the
-    posterior-mean network. Attributes that are not found here are looked up in the base.
+    loop. Both train the same parameters; give the optimiser `bnn.parameters()`. The base keeps its
+    class and structure; its included parameters share their storage with the means, so that `base`
+    is the posterior-mean network whenever no context is open. Attributes that are not found here
+    are looked up in the base.
 
     Arguments:
         base: The module. Its parameters must have been initialised.
@@ -48,7 +49,8 @@ class BayesianModel(TiedModule):
             start with it; in it, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`. A
             `-` in a name is matched by a literal `-`. By default, all parameters are included.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
-        prior_var: The variance :math:`\sigma_p^2` of the prior.
+        prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
+            of inputs of a layer, it keeps what the network computes under the prior of order one.
         name: What stands in front of the names of the sites, and of the parameters in Pyro's param
             store, where a name that another living model has gets a number. Two models in one
             Pyro model need names. By default, sites bear the parameters' own names, and the store
@@ -159,12 +161,16 @@ class BayesianModel(TiedModule):
         """Reparameterizes the base from the posterior while the context is open.
 
         Within the context, the base behaves deterministically: the same inputs give the same
-        outputs. Gradients flow to the posterior's parameters, and the loss may be computed inside
-        or after. The base is given back on the way out, also by exception.
+        outputs, and gradients flow to the posterior's parameters. The base is given back on the way
+        out, also by exception. Contexts of one model nest; the innermost counts. Threads wait for
+        each other.
 
-        Contexts of one model nest; the innermost counts. Threads wait for each other. A base that
-        computes again in the backward pass (activation checkpointing, some flows) needs the
-        backward pass inside.
+        Warning:
+            Call the network inside. After the context, it is the posterior-mean network, and passes
+            no gradient. A flow computes its density with the network, so `flow(c).log_prob(x)` must
+            be inside as well. What needs outputs only, as a loss and the backward pass, may come
+            after, unless the base computes again in the backward pass (activation checkpointing,
+            some flows).
 
         Arguments:
             local_trick: Whether linear layers sample their outputs from the distribution that the
@@ -211,7 +217,8 @@ class BayesianModel(TiedModule):
                   - \log \frac{\sigma_i^2}{\sigma_p^2} \right]
 
         It is a sum over all included parameters, to be added to the negative log-likelihood of a
-        whole dataset, or divided by the number of data points and added to that of one point.
+        whole dataset of N points, or divided by N and added to the mean over points. N is the size
+        of the dataset also with minibatches.
 
         Arguments:
             prior_var: The variance :math:`\sigma_p^2` of the prior, that of the model by default.
@@ -249,8 +256,9 @@ class BayesianModel(TiedModule):
         There is one statement per included parameter, of its dotted name (behind the model's name
         and a dot, if it has one), and one `pyro.param` statement per deterministic parameter that
         trains. Open it once per run of the model, outside of plates, and call the network as often
-        as needed. Whatever the network computes lazily must be computed inside, except for the
-        densities of :class:`pyro.contrib.zuko.ZukoToPyro` sites, which are.
+        as needed. Inference and prediction use the guide's draws; a model that is simply called
+        draws from the prior. Whatever the network computes lazily must be computed inside, except
+        for the densities of :class:`pyro.contrib.zuko.ZukoToPyro` sites, which are.
 
         When Pyro vectorises over draws (`vectorize_particles=True`, or `parallel=True` in
         :class:`pyro.infer.Predictive`), calls of the network are batched by :func:`torch.vmap`, and
@@ -281,16 +289,8 @@ class BayesianModel(TiedModule):
             >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
         """
         with self._lock(), LiftMessenger(self._guide.sites) as messenger:
-            try:
+            with distinct_sites():
                 values = self._prior()
-            except RuntimeError as error:
-                if "Multiple sample sites" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"Expected one lift() per run of a Pyro model; got a second one ({error}). Open"
-                    " one `with bnn.lift() as net:` and call `net` as often as needed. Two models"
-                    " need names of their own: BayesianModel(..., name='encoder')."
-                ) from error
             for name, parameter in self._deterministic().items():
                 values[name] = store.statement(self._store_key(name), parameter)
             values, batched = stack(values, self._swap.originals)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from operator import attrgetter
 
 import pyro.distributions as dist
@@ -76,3 +77,22 @@ class GaussianPrior(PyroModule):
             The value of each site by the name of its parameter.
         """
         return {name: attrgetter(name)(self) for name in self.__names}
+
+
+@contextmanager
+def distinct_sites() -> Iterator[None]:
+    """Says what to do when Pyro finds two sites of one name.
+
+    Raises:
+        RuntimeError: If the sites of a model or guide were already there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Multiple sample sites" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Expected each site once per run of a Pyro model or guide; got two ({error}). Open one"
+            " `with bnn.lift() as net:` and call `net` as often as needed. Two models need names of"
+            " their own: BayesianModel(..., name='encoder')."
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from pyro_bayes._extras import require
 
@@ -56,15 +56,19 @@ class Summary:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD)
-        for header, field in zip(_HEADERS, fields(Row), strict=True):
-            table.add_column(header, justify="right" if field.name == "signal" else "left")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for header in _HEADERS[:-1]:
+            table.add_column(header)
+        table.add_column(_HEADERS[-1], justify="right")
         for row in self.rows:
             signal = "" if row.signal is None else f"{row.signal:.3g}"
             included = "yes" if row.included else "no"
             shape = "×".join(map(str, row.shape)) or "()"
             table.add_row(row.parameter, shape, included, row.why, row.prior, signal)
-        Console(highlight=False, markup=False).print(self.title, table, sep="\n")
+        # Names are never cut: a line that is too long may wrap.
+        console = Console(highlight=False, markup=False)
+        console.width = max(console.width, console.measure(table).maximum, len(self.title))
+        console.print(self.title, table, sep="\n")
 
     def __repr__(self) -> str:
         included = sum(row.included for row in self.rows)

@@ -485,8 +485,13 @@ def test_lift_twice_teaches(bnn, data):
         bnn(data[0])
         bnn(data[0])
 
-    with pytest.raises(RuntimeError, match=r"Expected one lift\(\) per run"):
-        poutine.trace(model).get_trace()
+    def guide():
+        bnn.guide()
+        bnn.guide()
+
+    for run in (model, guide):
+        with pytest.raises(RuntimeError, match="Expected each site once per run"):
+            poutine.trace(run).get_trace()
     assert all(isinstance(p, nn.Parameter) for p in bnn.base.parameters())
 
 
