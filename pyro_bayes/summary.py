@@ -67,7 +67,9 @@ class Summary:
             table.add_row(row.parameter, shape, included, row.why, row.prior, signal)
         # Names are never cut: a line that is too long may wrap.
         console = Console(highlight=False, markup=False)
-        console.width = max(console.width, console.measure(table).maximum, len(self.title))
+        wide = console.options.update(max_width=10_000)
+        needed = console.measure(table, options=wide).maximum
+        console.width = max(console.width, needed, len(self.title))
         console.print(self.title, table, sep="\n")
 
     def __repr__(self) -> str:

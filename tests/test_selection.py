@@ -163,6 +163,12 @@ def test_summary(net, capsys):
     assert "9 Bayesian parameters" in text
 
 
+def test_summary_never_cuts_a_name(capsys):
+    name = "a_rather_long_name_" * 4
+    BayesianModel(nn.ModuleDict({name: nn.Linear(2, 2)}), exclude_params="**.bias").summary()
+    assert f"{name}.weight" in capsys.readouterr().out
+
+
 def test_summary_without_rich_names_the_extra(net, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro_bayes\[rich\]'"):
