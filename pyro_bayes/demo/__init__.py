@@ -66,7 +66,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     print(
         "Both nets have the same initial weights, minibatches, optimiser and number of steps;\n"
-        "there is no weight decay, and neither is stopped early."
+        "there is no weight decay, and neither is stopped early. This is one split of the data:\n"
+        "--seed N makes another, and shows how much of a difference is chance."
     )
     for path in paths:
         print(f"Figure: {path}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_diabetes
+from sklearn.linear_model import BayesianRidge
 from sklearn.metrics import root_mean_squared_error
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
@@ -108,6 +109,7 @@ def run(table: Table, *, seed: int, steps: int | None, draws: int, path: Path) -
         predictions = {
             "without Bayes": mixture(data, [plain(data.x_test)]),
             "Bayesian": predict(bnn, data, draws=draws),
+            "linear model": mixture(data, [linear(data)]),
         }
     # Where the truth falls in the predicted distribution: uniform, if that is calibrated.
     levels = {name: p.cdf(data.y_test) for name, p in predictions.items()}
@@ -126,7 +128,8 @@ def run(table: Table, *, seed: int, steps: int | None, draws: int, path: Path) -
         calibration="90% interval covers",
     )
     intervals = summarise(predictions["Bayesian"])
-    figure.draw_regression(path, table.name, levels, data.y_test, intervals)
+    nets = {name: levels[name] for name in ("without Bayes", "Bayesian")}
+    figure.draw_regression(path, table.name, nets, data.y_test, intervals)
 
 
 def split(table: Table, seed: int) -> Split:
@@ -240,6 +243,20 @@ def predict(bnn: BayesianModel, data: Split, *, draws: int) -> MixtureSameFamily
         with torch.no_grad(), bnn.reparameterize() as net:
             predictions.append(net(data.x_test))
     return mixture(data, predictions)
+
+
+def linear(data: Split) -> Normal:
+    """Predicts with Bayesian linear regression, which any net should beat that is worth its cost.
+
+    Arguments:
+        data: The data.
+
+    Returns:
+        The density of the standardised target to test.
+    """
+    model = BayesianRidge().fit(data.x.numpy(), data.y.numpy())
+    mean, deviation = model.predict(data.x_test.numpy(), return_std=True)
+    return Normal(torch.as_tensor(mean), torch.as_tensor(deviation))
 
 
 def mixture(data: Split, predictions: list[Normal]) -> MixtureSameFamily:

@@ -31,7 +31,7 @@ def show(title: str, scores: dict[str, Score], *, error: str, calibration: str) 
 
     Arguments:
         title: The line above the table.
-        scores: The scores by the name of the net, first without Bayes.
+        scores: The scores by name: the net without Bayes, the Bayesian net, and others.
         error: What the error is.
         calibration: What the measure of calibration is.
     """
@@ -40,11 +40,13 @@ def show(title: str, scores: dict[str, Score], *, error: str, calibration: str) 
         table.add_column(header, justify="right" if header else "left")
     for name, score in scores.items():
         table.add_row(name, _mean(score.log_likelihoods), score.error, score.calibration)
-    plain, bayesian = (score.log_likelihoods for score in scores.values())
+    plain, bayesian, *_ = (score.log_likelihoods for score in scores.values())
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, table, sep="\n")
     gain = _mean(bayesian - plain, sign="+")
-    console.print(f"Log-likelihood in nats per example, ± a standard error; gain {gain}.\n")
+    console.print(
+        f"Log-likelihood in nats per example, ± a standard error; gain of Bayes {gain}.\n"
+    )
 
 
 def _mean(values: Tensor, *, sign: str = "") -> str:
