@@ -43,10 +43,9 @@ def show(title: str, scores: dict[str, Score], *, error: str, calibration: str) 
     plain, bayesian, *_ = (score.log_likelihoods for score in scores.values())
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, table, sep="\n")
+    console.print("Log-likelihood in nats per example, ± a standard error.")
     gain = _mean(bayesian - plain, sign="+")
-    console.print(
-        f"Log-likelihood in nats per example, ± a standard error; gain of Bayes {gain}.\n"
-    )
+    console.print(f"The Bayesian net gains {gain} over the same net without Bayes.\n")
 
 
 def _mean(values: Tensor, *, sign: str = "") -> str:
