@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.nn import PyroModule
@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Which model has tied a parameter of a base to its means, and whether the parameter trained before.
-_ties: dict[int, tuple[weakref.ref[nn.Parameter], weakref.ref[TiedModule], bool]] = {}
+class _Tie(NamedTuple):
+    """Which model a parameter of a base belongs to, and what that changed."""
+
+    parameter: weakref.ref[nn.Parameter]
+    owner: weakref.ref[TiedModule]
+    shares: bool  # whether it shares its storage with the means
+    frozen: bool  # whether it trained before
+
+
+_ties: dict[int, _Tie] = {}
 
 
 class TiedModule(PyroModule):
@@ -53,6 +61,7 @@ class TiedModule(PyroModule):
     ) -> None:
         super().__init__()
         self._choices = tuple(choices)
+        self._trained: set[str] = set()
         # `PyroModule.add_module` would rename the prior's sites after the attribute.
         for key, module in {"base": base, "prior": prior, "guide": guide}.items():
             nn.Module.add_module(self, key, module)
@@ -157,25 +166,29 @@ class TiedModule(PyroModule):
         originals = self._swap.originals
         for name, mean in self._guide.locs.named_parameters():
             original = originals[name]
-            if id(original) not in _ties:
-                self._claim(original, trained=True)
-            if original.data_ptr() != mean.data_ptr() and _ties[id(original)][1]() is self:
+            if original.data_ptr() != mean.data_ptr() and _ties[id(original)].owner() is self:
                 original.data = mean.data
 
-    def _claim(self, original: nn.Parameter, *, trained: bool) -> None:
+    def _claim(self, choice: Choice) -> None:
+        """Makes the model the one that a parameter of the base belongs to."""
+        original = self._swap.originals[choice.name]
+        self._trained |= {choice.name} if original.requires_grad else set()
         reference = weakref.ref(original, partial(_forget, id(original)))
-        _ties[id(original)] = reference, weakref.ref(self), trained
-        original.requires_grad_(False)
+        frozen = choice.included and choice.name in self._trained
+        _ties[id(original)] = _Tie(reference, weakref.ref(self), choice.included, frozen)
+        if choice.included:
+            original.requires_grad_(False)
 
     def _take_over(self) -> None:
-        """Releases the base's parameters from a former model, and claims those included now."""
+        """Releases the base's parameters from a former model, and claims them."""
         for choice in self._choices:
             original = self._swap.originals[choice.name]
-            if id(original) in _ties:
-                original.requires_grad_(_ties.pop(id(original))[2])
+            former = _ties.pop(id(original), None)
+            if former is not None and former.frozen:
+                original.requires_grad_()
+            if former is not None and former.shares:
                 original.data = original.data.clone()
-            if choice.included:
-                self._claim(original, trained=original.requires_grad)
+            self._claim(choice)
         self._tie()
 
     def _deterministic(self) -> dict[str, nn.Parameter]:
@@ -196,6 +209,9 @@ class TiedModule(PyroModule):
 
     def _replaced(self) -> None:
         self._prepare()
+        for choice in self._choices:
+            if id(self._swap.originals[choice.name]) not in _ties:
+                self._claim(choice)
         self._tie()
         store.replace(self._stored())
 
@@ -273,8 +289,14 @@ def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any
 def _after_load(model: TiedModule, keys: Any) -> None:
     model._replaced()
     # What is missing of the included parameters is missing of the means, and named there.
-    names = {n for c in model._choices if c.included for n in (c.name, *c.aliases)}
-    keys.missing_keys[:] = [k for k in keys.missing_keys if k.rpartition("base.")[2] not in names]
+    missing = set(keys.missing_keys)
+    for choice in model._choices:
+        for name in (choice.name, *choice.aliases) if choice.included else ():
+            ending = f"base.{name}"
+            prefixes = [k.removesuffix(ending) for k in missing if k.endswith(ending)]
+            named = [p for p in prefixes if f"{p}guide.means.{choice.name}" in missing]
+            missing -= {p + ending for p in named}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key in missing]
 
 
 def _before_save(model: TiedModule, *_: Any) -> None:

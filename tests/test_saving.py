@@ -46,6 +46,13 @@ def round_trip(value, **kwargs):
     return torch.load(buffer, **kwargs)
 
 
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": lambda bnn: round_trip(bnn, weights_only=False),
+    "state": lambda bnn: copy.deepcopy(nn.ModuleList([bnn]))[0],
+}
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_loads_into_a_model_that_never_ran(assign):
     bnn = randomize(make())
@@ -81,6 +88,24 @@ def test_state_of_a_plain_net_is_refused_by_names_that_exist(net):
     with pytest.raises(RuntimeError, match=r"guide\.means\.0\.weight") as error:
         BayesianModel(net).load_state_dict(net.state_dict())
     assert "base.0" not in str(error.value)
+
+
+def test_nothing_that_is_missing_goes_unsaid():
+    net = nn.ModuleDict({"base": nn.Linear(2, 2), "x": nn.Linear(2, 2)})
+    bnn = BayesianModel(nn.ModuleList([net, nn.ModuleDict({"base": nn.Linear(2, 2)})]))
+    state = bnn.state_dict()
+    for key in list(state):
+        partial = {k: v for k, v in state.items() if k != key}
+        missing, unexpected = bnn.load_state_dict(partial, strict=False)
+        assert (missing, unexpected) == ([key], [])
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_base_of_a_copy_can_be_wrapped_anew(make_copy):
+    twin = make_copy(make())
+    BayesianModel(twin.base, include_params="2")
+    assert twin.base[0].weight.requires_grad
+    assert not twin.base[2].weight.requires_grad
 
 
 def test_tied_parameters_round_trip():
@@ -124,13 +149,6 @@ def test_safetensors(tmp_path):
     assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
     assert same(bnn, fresh)
     assert is_tied(fresh)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "torch.save": lambda bnn: round_trip(bnn, weights_only=False),
-    "state": lambda bnn: copy.deepcopy(nn.ModuleList([bnn]))[0],
-}
 
 
 def step(bnn):

@@ -286,6 +286,14 @@ def test_former_model_leaves_the_excluded_parameters_training(net, data):
     trainer.check_agreement()
 
 
+def test_parameters_that_the_user_froze_stay_frozen(net):
+    BayesianModel(net, include_params="2")
+    net[0].weight.requires_grad_(False)
+    BayesianModel(net, include_params="2")
+    assert not net[0].weight.requires_grad
+    assert net[0].bias.requires_grad
+
+
 def test_non_contiguous_parameters_keep_their_identity(data):
     net = nn.Linear(3, 1)
     net.weight = nn.Parameter(torch.randn(3, 2).T[:1].clone(memory_format=torch.preserve_format))
