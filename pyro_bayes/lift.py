@@ -91,8 +91,8 @@ class Particles:
             What the module returns, each tensor with a dimension of size :math:`P` on its left.
 
         Raises:
-            ValueError: If an argument may differ between particles, or an output may have
-                dimensions for some of several plates.
+            ValueError: If an argument may differ between particles, an output may have dimensions
+                for some of several plates, or `event_dim` does not fit an output.
             RuntimeError: If the module cannot be batched over draws.
         """
         for x in tree_leaves((args, kwargs)):
@@ -125,6 +125,12 @@ class Particles:
                     " plate: `with bnn.lift(event_dim=1) as net:`."
                 )
             plates = min(plates, self._depth)
+        elif not 0 <= plates <= self._depth:
+            raise ValueError(
+                f"Expected event_dim to leave from 0 to {self._depth} dimensions of an output to"
+                f" plates; got event_dim={self._event_dim} and an output of shape"
+                f" {tuple(output.shape[1:])}, which leaves {plates}."
+            )
         missing = self._depth - plates
         return output.reshape(-1, *[1] * missing, *output.shape[1:]) if missing > 0 else output
 

@@ -20,8 +20,8 @@ class Swap:
     lists of parameters that recurrent layers keep. A swap writes to these places only: the
     parameters themselves are not touched.
 
-    This is the one user of the private `nn.Module._parameters` and `nn.Module._modules`: torch has
-    no public call that swaps parameters and stays open while the user computes.
+    It writes to the private `nn.Module._parameters`: torch has no public call that swaps parameters
+    and stays open while the user computes.
 
     Arguments:
         module: The module.

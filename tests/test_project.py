@@ -87,10 +87,10 @@ def test_no_assert_on_input():
 
 
 def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
-    """Each private name, and the one module that uses it."""
+    """Each private name, and the modules that use it."""
     linear = nn.Linear(1, 1)
-    assert isinstance(linear._parameters, dict)
-    assert isinstance(nn.Sequential(linear)._modules, dict)  # swap
+    assert isinstance(linear._parameters, dict)  # swap, guide
+    assert isinstance(nn.Sequential(linear)._modules, dict)  # swap, guide, tied
     assert callable(torch.Tensor._make_wrapper_subclass)  # local
     assert callable(pyro.nn.PyroModule._pyro_set_supermodule)  # model
     with pyro.settings.context(module_local_params=True):

@@ -287,6 +287,9 @@ def test_vectorized_particles_with_nested_plates(data):
     assert abs(loop.mean() - vectorized.mean()) < 4 * error
     with pytest.raises(ValueError, match="Expected event_dim for a model with 2 nested plates"):
         Trace_ELBO(num_particles=3, vectorize_particles=True).loss(make(None), bnn.guide)
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="Expected event_dim to leave from 0 to 2 dimensions"):
+            Trace_ELBO(num_particles=3, vectorize_particles=True).loss(make(wrong), bnn.guide)
 
 
 def test_chained_nets_are_refused_without_gradients_too(data):
