@@ -10,6 +10,7 @@ and trains it through Pyro's SVI or a plain PyTorch loop, on the same :class:`to
 objects, while the network keeps its class and structure.
 """
 
+import pyro_bayes.rules  # noqa: F401  (fills the registry)
 from pyro_bayes.model import BayesianModel
 
 __all__ = ["BayesianModel"]

@@ -34,7 +34,7 @@ def draw(mean: Tensor, logvar: Tensor, epsilon: Tensor | None = None) -> Tensor:
     return torch.addcmul(mean, (0.5 * logvar).exp(), epsilon)
 
 
-def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float) -> Tensor:
+def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float | Tensor) -> Tensor:
     r"""Returns :math:`D_{KL}(\mathcal{N}(\mu, \sigma^2) \| \mathcal{N}(0, \sigma_p^2))`, summed.
 
     .. math:: \frac{1}{2} \sum_i \left[ e^{a_i} - 1 - a_i + \frac{\mu_i^2}{\sigma_p^2} \right],
@@ -47,7 +47,7 @@ def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float) -> Tensor:
     Arguments:
         mean: The means :math:`\mu`, of any shape.
         logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
-        prior_var: The variance :math:`\sigma_p^2 > 0` of the prior.
+        prior_var: The variance :math:`\sigma_p^2 > 0` of the prior, a number or a tensor.
 
     Returns:
         A 0-dim tensor, in nats.
@@ -60,5 +60,5 @@ def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float) -> Tensor:
     """
     if mean.dtype.itemsize < 4:
         mean, logvar = mean.float(), logvar.float()
-    a = logvar - math.log(prior_var)
+    a = logvar - (prior_var.log() if isinstance(prior_var, Tensor) else math.log(prior_var))
     return 0.5 * (torch.expm1(a) - a + mean.square() / prior_var).sum()

@@ -110,6 +110,18 @@ class MeanField(AutoNormal):
                 draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
         return draws
 
+    def statements(self, site: str) -> tuple[Tensor, Tensor]:
+        r"""Makes the `pyro.param` statements of one site.
+
+        Returns:
+            :math:`\mu` and :math:`\log \sigma^2`, or what a Pyro handler put in their place.
+        """
+        parameter = self.sites[site]
+        means, logvars, leaf = self._places[parameter]
+        mean = store.statement(f"{self.store_name}.means.{parameter}", means[leaf])
+        logvar = store.statement(f"{self.store_name}.logvars.{parameter}", logvars[leaf])
+        return mean, logvar
+
     @property
     def locs(self) -> nn.Module:  # type: ignore[override]
         """The means, under the name that the base class gives them."""
@@ -132,10 +144,7 @@ class MeanField(AutoNormal):
         super(AutoNormal, self)._setup_prototype()
 
     def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
-        parameter = self.sites[name]
-        means, logvars, leaf = self._places[parameter]
-        mean = store.statement(f"{self.store_name}.means.{parameter}", means[leaf])
-        logvar = store.statement(f"{self.store_name}.logvars.{parameter}", logvars[leaf])
+        mean, logvar = self.statements(name)
         return mean, (0.5 * logvar).exp()
 
     def _find_parameters(self) -> None:

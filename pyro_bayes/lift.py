@@ -12,6 +12,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pyro_bayes.gaussian_tensor import GaussianTensor, drawn
+from pyro_bayes.noise import ParticleNoise
 from pyro_bayes.swap import Swap
 
 _PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")
@@ -76,8 +78,10 @@ class Particles:
         depth: int,
         event_dim: int | None,
     ) -> None:
-        self._module, self._swap, self._draws = module, swap, dict(draws)
-        self._in_dims = {name: 0 if name in batched else None for name in draws}
+        self._module, self._swap = module, swap
+        self._gaussians = {n: d for n, d in draws.items() if isinstance(d, GaussianTensor)}
+        self._draws = {n: d for n, d in draws.items() if n not in self._gaussians}
+        self._in_dims = {name: 0 if name in batched else None for name in self._draws}
         self._size = len(draws[next(iter(batched))])
         self._depth, self._event_dim = depth, event_dim
 
@@ -99,13 +103,19 @@ class Particles:
             if isinstance(x, Tensor):
                 self._check(x)
 
-        def call(draws: dict[str, Tensor]) -> Any:
-            with self._swap(draws):
+        def call(index: Tensor, draws: dict[str, Tensor]) -> Any:
+            gaussians = {
+                name: GaussianTensor.of(
+                    *value.posterior, name, ParticleNoise(value.noise, self._size, index)
+                )
+                for name, value in self._gaussians.items()
+            }
+            with self._swap(draws | gaussians):
                 return self._module(*args, **kwargs)
 
-        batched_call = torch.vmap(call, in_dims=(self._in_dims,), randomness="different")
+        batched_call = torch.vmap(call, in_dims=(0, self._in_dims), randomness="different")
         try:
-            output = batched_call(self._draws)
+            output = batched_call(torch.arange(self._size), self._draws)
         except (RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"Expected a base that torch.vmap can batch over draws; got"
@@ -160,10 +170,13 @@ def stack(
         originals: The parameters.
 
     Returns:
-        The values, and the names of those that hold more than one draw.
+        The values, and the names of those that hold more than one draw. Gaussian tensors stay what
+        they are, unless the estimator is to draw them.
     """
     stacked, batched = {}, set()
     for name, value in values.items():
+        if isinstance(value, GaussianTensor) and value.noise.estimator == "weights":
+            value = drawn(value)
         shape = originals[name].shape
         draws = math.prod(value.shape[: value.dim() - len(shape)])
         if draws > 1:

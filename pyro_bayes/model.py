@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyro_bayes import gaussian, store
+from pyro_bayes import gaussian
+from pyro_bayes.checks import check_base, check_prior_var, is_number
+from pyro_bayes.gaussian_tensor import of_posterior
 from pyro_bayes.guide import MeanField
-from pyro_bayes.lift import LiftMessenger, Particles, stack
-from pyro_bayes.local import GaussianTensor, LocalNoise
-from pyro_bayes.prior import GaussianPrior, distinct_sites
+from pyro_bayes.lifted import LiftedModule
+from pyro_bayes.noise import context_noise
+from pyro_bayes.prior import GaussianPrior
 from pyro_bayes.selection import select
-from pyro_bayes.summary import Row, Summary
-from pyro_bayes.tied import TiedModule
+from pyro_bayes.summary import Summary, summarize
+from pyro_bayes.swap import undisturbed
 
 
-class BayesianModel(TiedModule):
+class BayesianModel(LiftedModule):
     r"""Makes a module Bayesian: a mean-field Gaussian posterior over its parameters.
 
     .. math:: q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2), \qquad
@@ -89,10 +89,10 @@ class BayesianModel(TiedModule):
         prior_var: float = 1.0,
         name: str | None = None,
     ) -> None:
-        _check_base(base)
-        if not _is_number(init_logvar) or not math.isfinite(init_logvar):
+        check_base(base)
+        if not is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
-        _check_prior_var(prior_var)
+        check_prior_var(prior_var)
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"Expected name to be a non-empty string or None; got {name!r}.")
 
@@ -157,13 +157,33 @@ class BayesianModel(TiedModule):
         return model
 
     @contextmanager
-    def reparameterize(self, local_trick: bool = False) -> Iterator[nn.Module]:
-        """Reparameterizes the base from the posterior while the context is open.
+    def reparameterize(
+        self, local_trick: bool | Literal["flipout"] = False, *, batch_dim: int = 0
+    ) -> Iterator[nn.Module]:
+        r"""Reparameterizes the base from the posterior while the context is open.
 
         Within the context, the base behaves deterministically: the same inputs give the same
         outputs, and gradients flow to the posterior's parameters. The base is given back on the way
         out, also by exception. Contexts of one model nest; the innermost counts. Threads wait for
         each other.
+
+        Three estimators of the ELBO's gradient have the same expectation where they are exact:
+
+        - `False`: one draw of the weights, the same for all examples. It is exact for all networks.
+        - `True`, local noise: operators draw their outputs from the distribution that the posterior
+          induces, with noise of its own for each example, which lowers the variance of gradients
+          most. The moments of each output are exact, but the outputs that one example meets the
+          same weights in (positions of a convolution or a sequence, repeated calls) are correlated
+          under the posterior, and that is lost.
+        - `"flipout"`: one perturbation of the weights, and random signs for each example. Every
+          example has the same weights at all positions and in all calls, so it is exact for
+          convolutions and sequences too. Examples share the perturbation's size, so the variance of
+          gradients is between the two others'.
+
+        The latter two cost a second product per operator. They reach linear and bilinear maps,
+        products with matrices, convolutions, embeddings, attention, the affine part of
+        normalisations, sums and products; :meth:`summary` tells what they reached. Any other
+        operator, as a recurrent layer, uses one draw of its parameters.
 
         Warning:
             Call the network inside. After the context, it is the posterior-mean network, and passes
@@ -173,22 +193,25 @@ class BayesianModel(TiedModule):
             some flows).
 
         Arguments:
-            local_trick: Whether linear layers sample their outputs from the distribution that the
-                posterior induces, instead of their weights, which lowers the variance of
-                gradients. Operators without a rule for it use one draw of their parameters. The
-                noise belongs to the position of an example in the batch, so that it is independent
-                between the examples, and between the positions of a sequence.
+            local_trick: The estimator: `False`, `True` or `"flipout"`.
+            batch_dim: The dimension of inputs that counts examples where the layout does not say:
+                1 for networks that have time first. Noise and signs belong to the position of an
+                example in the batch. It does not matter to draws of weights.
 
         Yields:
             The reparameterized base.
 
         Raises:
-            TypeError: If `local_trick` is neither `True` nor `False`.
+            ValueError: If `local_trick` or `batch_dim` is none of the above.
             RuntimeError: If the base has lost or replaced one of its parameters.
 
         References:
             | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
             | https://arxiv.org/abs/1506.02557
+
+            | Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches
+              (Wen et al., 2018)
+            | https://arxiv.org/abs/1803.04386
 
         Example:
             >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
@@ -196,16 +219,13 @@ class BayesianModel(TiedModule):
             ...     bool((model(x) == model(x)).all())
             True
         """
-        if not isinstance(local_trick, bool):
-            raise TypeError(f"Expected local_trick to be True or False; got {local_trick!r}.")
+        noise = context_noise(local_trick, batch_dim)
         with self._lock():
-            values: Mapping[str, Tensor]
-            if local_trick:
-                noise = LocalNoise()
-                posterior = self._guide.posterior()
-                values = {n: GaussianTensor.of(*q, n, noise) for n, q in posterior.items()}
-            else:
-                values = self.sample_params()
+            values: Mapping[str, Tensor] = (
+                self.sample_params()
+                if noise.estimator == "weights"
+                else of_posterior(self._guide.posterior(), noise)
+            )
             with self._hold(values) as base:
                 yield base
 
@@ -238,7 +258,7 @@ class BayesianModel(TiedModule):
         """
         if prior_var is None:
             prior_var = self._prior_var
-        _check_prior_var(prior_var)
+        check_prior_var(prior_var)
         posterior = self._guide.posterior().values()
         terms = [gaussian.kl_divergence(*q, prior_var=float(prior_var)) for q in posterior]
         kl = terms[0]
@@ -247,89 +267,20 @@ class BayesianModel(TiedModule):
         dtypes = {mean.dtype for mean, _ in posterior}
         return kl.to(dtypes.pop()) if len(dtypes) == 1 else kl
 
-    # Pyro
-
-    @contextmanager
-    def lift(self, *, event_dim: int | None = None) -> Iterator[Any]:
-        """Makes the sample statements of a Pyro model, and holds the values in the base.
-
-        There is one statement per included parameter, of its dotted name (behind the model's name
-        and a dot, if it has one), and one `pyro.param` statement per deterministic parameter that
-        trains. Open it once per run of the model, outside of plates, and call the network as often
-        as needed. Inference and prediction use the guide's draws; a model that is simply called
-        draws from the prior. Whatever the network computes lazily must be computed inside, except
-        for the densities of :class:`pyro.contrib.zuko.ZukoToPyro` sites, which are.
-
-        When Pyro vectorises over draws (`vectorize_particles=True`, or `parallel=True` in
-        :class:`pyro.infer.Predictive`), calls of the network are batched by :func:`torch.vmap`, and
-        its outputs get the particles' dimension to the left of the plates'.
-
-        Arguments:
-            event_dim: The number of dimensions on the right of an output that belong to no plate.
-                By default, an output has a dimension for the model's plate, or is a scalar. It
-                must be given to vectorise a model with nested plates.
-
-        Yields:
-            The base. When Pyro vectorises, a callable that stands for it.
-
-        Raises:
-            RuntimeError: If the model already made these statements.
-            ValueError: If it is used inside a plate.
-
-        Example:
-            >>> import pyro.distributions as dist
-            >>> from pyro.infer import SVI, Trace_ELBO
-            >>> bnn = BayesianModel(nn.Linear(3, 1))
-            >>> def model(x, y=None):
-            ...     with bnn.lift() as net:
-            ...         mean = net(x).squeeze(-1)
-            ...     with pyro.plate("data", len(x)):
-            ...         pyro.sample("y", dist.Normal(mean, 0.1), obs=y)
-            >>> svi = SVI(model, bnn.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-            >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
-        """
-        with self._lock(), LiftMessenger(self._guide.sites) as messenger:
-            with distinct_sites():
-                values = self._prior()
-            for name, parameter in self._deterministic().items():
-                values[name] = store.statement(self._store_key(name), parameter)
-            values, batched = stack(values, self._swap.originals)
-            if batched:
-                depth = messenger.depth or 0
-                yield Particles(self._base, self._swap, values, batched, depth, event_dim)
-            else:
-                with self._hold(values) as base:
-                    yield base
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Lifts the base and calls it, inside a Pyro model.
-
-        Arguments:
-            args: The positional arguments of the base.
-            kwargs: The keyword arguments of the base.
-
-        Returns:
-            What the base returns.
-
-        Raises:
-            RuntimeError: If no Pyro handler is active.
-        """
-        if not am_i_wrapped():
-            raise RuntimeError(
-                "Expected a call inside a Pyro model; got one outside, where it is not said which"
-                " parameters to use. Use `with bnn.reparameterize() as model:` to train or predict"
-                " with one draw, `bnn.sample_model()` for a sampled copy, `bnn.sample_params()` for"
-                " the draws alone, or `with bnn.lift() as net:` in a Pyro model"
-                " (`bnn.kl_divergence()` is the divergence, `bnn.base` the posterior-mean network)."
-            )
-        with self.lift() as net:
-            return net(*args, **kwargs)
-
-    def summary(self) -> Summary:
+    def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
 
         Its columns are the name, the shape, whether the parameter is included and by which
-        pattern, the prior, and the current mean of :math:`|\mu| / \sigma`.
+        pattern, the prior, and the current mean of :math:`|\mu| / \sigma`. With arguments, one
+        forward pass of the base is made, and a further column tells what an estimator reached:
+        local noise or flipout, or one draw of the parameter, and which operator asked for it. The
+        pass leaves no trace: buffers, the state of random numbers and gradients are as before.
+
+        Arguments:
+            args: The arguments of the base, or one function of it, as in
+                `bnn.summary(lambda flow: flow(c).log_prob(x))`.
+            local_trick: The estimator, `True` or `"flipout"`.
+            batch_dim: The dimension of inputs that counts examples, 1 if they have time first.
 
         Returns:
             The table; its `rows` can be read.
@@ -338,57 +289,20 @@ class BayesianModel(TiedModule):
             ImportError: If the extra `rich` is not installed.
 
         Example:
-            >>> rows = BayesianModel(nn.Linear(3, 1), exclude_params="bias").summary().rows
+            >>> bnn = BayesianModel(nn.Linear(3, 1), exclude_params="bias")
+            >>> rows = bnn.summary(torch.randn(5, 3)).rows
             <BLANKLINE>
             ...
-            >>> [row.parameter for row in rows if row.included]
-            ['weight']
+            >>> [(row.parameter, row.noise) for row in rows]
+            [('weight', 'local'), ('bias', 'deterministic')]
         """
-        posterior = self.guide.posterior()
-        rows = []
-        for choice in self._choices:
-            signal = None
-            parameter = self._swap.originals[choice.name]
-            prior = "none, trains" if parameter.requires_grad else "none, fixed"
-            if choice.included:
-                mean, logvar = (p.detach() for p in posterior[choice.name])
-                signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
-                prior = f"N(0, {self._prior_var:g})"
-            name = " = ".join((choice.name, *choice.aliases))
-            rows.append(
-                Row(name, tuple(parameter.shape), choice.included, choice.reason, prior, signal)
-            )
-        count = sum(math.prod(row.shape) for row in rows if row.included)
-        summary = Summary(
-            f"{type(self).__name__} of {type(self._base).__name__}:"
-            f" {count} Bayesian parameters, '{self._guide.store_name}' in the param store",
-            rows,
-        )
-        summary.print()
-        return summary
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, nn.Module):
-        raise TypeError(f"Expected base to be an nn.Module; got {type(base).__name__}.")
-    for name, module in base.named_modules():
-        where = f"'{name}' in it" if name else "it"
-        if isinstance(module, TiedModule):
-            raise TypeError(
-                f"Expected a base whose parameters are not Bayesian yet; got {where}, a"
-                f" {type(module).__name__}. Wrap its own base, or use the two side by side."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"Expected a base in Python; got {where}, a {type(module).__name__}, whose"
-                " parameters TorchScript has fixed. Wrap the module before scripting it."
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_prior_var(prior_var: Any) -> None:
-    if not _is_number(prior_var) or not 0 < prior_var < math.inf:
-        raise ValueError(f"Expected prior_var to be a positive, finite number; got {prior_var!r}.")
+        uses = None
+        if args:
+            noise = context_noise(local_trick, batch_dim)
+            uses = noise.uses = {}
+            call = args[0] if callable(args[0]) else lambda base: base(*args)
+            with self._lock(), undisturbed(self._base), torch.enable_grad():
+                values = of_posterior(self._guide.posterior(), noise)
+                with self._hold(values) as base:
+                    call(base)
+        return summarize(self, self._prior_var, uses)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
+from pyro_bayes import gaussian
+from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.tree import plant
 
 
@@ -28,10 +31,24 @@ class GaussianSite:
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         scale = module.get_buffer(self.like).new_full((), self.variance**0.5)
-        prior: dist.TorchDistribution = (
-            dist.Normal(torch.zeros_like(scale), scale).expand(self.shape).to_event()
-        )
-        return prior
+        normal = dist.Normal(torch.zeros_like(scale), scale).expand(self.shape)
+        return Prior(normal, len(self.shape))
+
+
+class Prior(dist.Independent):
+    r"""A distribution of one parameter, which has an expected log-density, too.
+
+    The log-density of a :class:`~pyro_bayes.gaussian_tensor.GaussianTensor`, the posterior
+    :math:`q` itself instead of a draw from it, is :math:`-D_{KL}(q \| p)`, in closed form.
+    """
+
+    def log_prob(self, value: Any) -> Tensor:
+        if not isinstance(value, GaussianTensor):
+            return super().log_prob(value)  # type: ignore[no-any-return]
+        scale = self.base_dist.scale
+        variance = scale[(0,) * scale.dim()].square()
+        kl = gaussian.kl_divergence(*value.posterior, prior_var=variance)
+        return -kl.expand(self.batch_shape)
 
 
 class GaussianPrior(PyroModule):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyro_bayes._extras import require
+from pyro_bayes.tied import TiedModule
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Row:
         prior: The prior, or whether a deterministic parameter trains.
         signal: The current mean of :math:`|\mu| / \sigma` over the elements; `None` if
             deterministic.
+        noise: What an estimator reached in a forward pass; `None` if none was made.
     """
 
     parameter: str
@@ -28,6 +31,7 @@ class Row:
     why: str
     prior: str
     signal: float | None
+    noise: str | None = None
 
 
 _HEADERS = ("parameter", "shape", "included", "why", "prior", "mean |μ|/σ")
@@ -57,14 +61,18 @@ class Summary:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        with_noise = any(row.noise for row in self.rows)
         for header in _HEADERS[:-1]:
             table.add_column(header)
         table.add_column(_HEADERS[-1], justify="right")
+        if with_noise:
+            table.add_column("noise")
         for row in self.rows:
             signal = "" if row.signal is None else f"{row.signal:.3g}"
             included = "yes" if row.included else "no"
             shape = "×".join(map(str, row.shape)) or "()"
-            table.add_row(row.parameter, shape, included, row.why, row.prior, signal)
+            noise = [row.noise or ""] if with_noise else []
+            table.add_row(row.parameter, shape, included, row.why, row.prior, signal, *noise)
         # Names are never cut: a line that is too long may wrap.
         console = Console(highlight=False, markup=False)
         wide = console.options.update(max_width=10_000)
@@ -75,3 +83,35 @@ class Summary:
     def __repr__(self) -> str:
         included = sum(row.included for row in self.rows)
         return f"Summary({len(self.rows)} parameters, {included} included)"
+
+
+def summarize(
+    model: TiedModule, prior_var: float, uses: Mapping[str, Sequence[str]] | None
+) -> Summary:
+    r"""Prints a table of a model's parameters, and returns it.
+
+    Arguments:
+        model: The model.
+        prior_var: The variance of the prior.
+        uses: What became of each parameter in a forward pass, if one was made.
+    """
+    posterior = model.guide.posterior()
+    rows = []
+    for choice in model._choices:
+        signal, noise = None, None if uses is None else "deterministic"
+        parameter = model._swap.originals[choice.name]
+        prior = "none, trains" if parameter.requires_grad else "none, fixed"
+        if choice.included:
+            mean, logvar = (p.detach() for p in posterior[choice.name])
+            signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
+            prior = f"N(0, {prior_var:g})"
+            noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
+        name = " = ".join((choice.name, *choice.aliases))
+        shape = tuple(parameter.shape)
+        rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
+    count = sum(math.prod(row.shape) for row in rows if row.included)
+    title = f"{type(model).__name__} of {type(model._base).__name__}"
+    found = f"{count} Bayesian parameters, '{model.guide.store_name}' in the param store"
+    summary = Summary(f"{title}: {found}", rows)
+    summary.print()
+    return summary

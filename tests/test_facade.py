@@ -288,9 +288,14 @@ ERRORS = {
         "Expected a base in Python",
     ),
     "trick": (
-        lambda net: BayesianModel(net).reparameterize("flipout").__enter__(),
-        TypeError,
-        "True or False",
+        lambda net: BayesianModel(net).reparameterize("antithetic").__enter__(),
+        ValueError,
+        "True, False or 'flipout'",
+    ),
+    "batch_dim": (
+        lambda net: BayesianModel(net).reparameterize(True, batch_dim=-1).__enter__(),
+        ValueError,
+        "batch_dim",
     ),
     "new base": (lambda net: setattr(BayesianModel(net), "base", net), AttributeError, "'base'"),
     "kl prior": (lambda net: BayesianModel(net).kl_divergence(0.0), ValueError, "prior_var"),

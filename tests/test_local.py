@@ -9,7 +9,8 @@ from torch import nn
 from zuko.nn import MaskedLinear
 
 from pyro_bayes import BayesianModel
-from pyro_bayes.local import RULES, GaussianTensor, LocalNoise, mean_of, variance_of
+from pyro_bayes.gaussian_tensor import RULES, GaussianTensor, mean_of, variance_of
+from pyro_bayes.noise import ContextNoise
 
 
 def linear(**kwargs):
@@ -195,7 +196,7 @@ def test_operators_without_a_rule_get_one_draw():
 
 
 def test_draw_of_a_product_is_the_product_of_the_draw():
-    noise = LocalNoise()
+    noise = ContextNoise("local")
     gaussian = GaussianTensor.of(torch.randn(3, 2), torch.zeros(3, 2), "w", noise)
     mask = torch.tensor([[1.0, 0.0], [0.5, 2.0], [0.0, 1.0]])
     product = mask * gaussian * 2
@@ -206,14 +207,14 @@ def test_draw_of_a_product_is_the_product_of_the_draw():
 
 
 def test_activation_times_parameter_is_an_output():
-    gaussian = GaussianTensor.of(torch.randn(2), torch.zeros(2), "w", LocalNoise())
+    gaussian = GaussianTensor.of(torch.randn(2), torch.zeros(2), "w", ContextNoise("local"))
     product = torch.randn(5, 2) * gaussian
     assert type(product) is torch.Tensor
 
 
 def test_draw_made_without_gradients_gains_them_later():
     mean = torch.randn(3, requires_grad=True)
-    gaussian = GaussianTensor.of(mean, torch.zeros(3), "w", LocalNoise())
+    gaussian = GaussianTensor.of(mean, torch.zeros(3), "w", ContextNoise("local"))
     with torch.no_grad():
         before = gaussian + 0
     after = gaussian + 0
@@ -223,7 +224,9 @@ def test_draw_made_without_gradients_gains_them_later():
 
 
 def test_shape_and_type_are_read_without_a_draw():
-    gaussian = GaussianTensor.of(torch.randn(3, 2).double(), torch.zeros(3, 2), "w", LocalNoise())
+    gaussian = GaussianTensor.of(
+        torch.randn(3, 2).double(), torch.zeros(3, 2), "w", ContextNoise("local")
+    )
     state = torch.get_rng_state()
     assert gaussian.shape == (3, 2)
     assert (gaussian.dtype, gaussian.device.type) == (torch.float64, "cpu")
@@ -237,7 +240,7 @@ def test_shape_and_type_are_read_without_a_draw():
 
 def test_operator_out_of_reach_fails_loudly():
     with torch._C.DisableTorchFunctionSubclass():
-        gaussian = GaussianTensor.of(torch.randn(3), torch.zeros(3), "w", LocalNoise())
+        gaussian = GaussianTensor.of(torch.randn(3), torch.zeros(3), "w", ContextNoise("local"))
         with pytest.raises(RuntimeError, match="where local noise cannot reach"):
             torch.add(gaussian, 1)
 

@@ -91,7 +91,18 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     linear = nn.Linear(1, 1)
     assert isinstance(linear._parameters, dict)  # swap, guide
     assert isinstance(nn.Sequential(linear)._modules, dict)  # swap, guide, tied
-    assert callable(torch.Tensor._make_wrapper_subclass)  # local
+    assert callable(torch.Tensor._make_wrapper_subclass)  # gaussian_tensor
+    with torch._C.DisableTorchFunctionSubclass():  # gaussian_tensor
+        pass
+    assert torch._C._functorch.maybe_current_level() is None  # noise
+
+    def popped(x):
+        level = torch._C._functorch.maybe_current_level()
+        with torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack():  # noise
+            outside = torch._C._functorch.maybe_current_level()
+        return x * (level == 1 and outside is None)
+
+    assert torch.vmap(popped)(torch.ones(1)).item() == 1
     assert callable(pyro.nn.PyroModule._pyro_set_supermodule)  # model
     with pyro.settings.context(module_local_params=True):
         assert pyro.nn.PyroModule()._pyro_context.param_state == {"params": {}, "constraints": {}}

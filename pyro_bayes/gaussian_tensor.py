@@ -1,0 +1,317 @@
+"""Gaussian tensors, which reach an operator before they are drawn, and its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_bayes import gaussian
+from pyro_bayes.noise import ContextNoise
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What each operator does with Gaussian tensors, by the function that torch reports."""
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what operators do with Gaussian tensors.
+
+    Arguments:
+        functions: Every function under which torch may report the operator.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+class Axis(NamedTuple):
+    """Along one dimension of a tensor, which signs of its parameter flipout takes.
+
+    Arguments:
+        source: The parameter and its dimension, once for each factor of the signs.
+        size: The length of that dimension, likewise.
+        lines: Which of the signs, in order; `None` for all.
+    """
+
+    source: tuple[tuple[str, ...], ...]
+    size: tuple[int, ...]
+    lines: tuple[Tensor | None, ...]
+
+
+class GaussianTensor(torch.Tensor):
+    r"""A tensor of independent Gaussian elements, :math:`\mathcal{N}(\mu, \sigma^2)`.
+
+    It has no values of its own. Its shape, dtype and device are those of the mean. An operator with
+    a rule in :data:`RULES` makes the output's noise from the mean and variance. Any other operator
+    gets one ordinary draw of the tensor, the same for as long as the context is open.
+
+    Arguments:
+        mean: The means :math:`\mu`.
+        variance: Returns the variances :math:`\sigma^2`, of the same shape.
+        sample: Returns one ordinary draw, the same at each call.
+        change: Returns the draw less the mean, :math:`\sigma \epsilon`.
+        parameter: The name of the parameter it comes from.
+        key: What tells it from other tensors that come from the same parameter.
+        axes: The signs that flipout takes along each dimension, if any; `None` if they cannot be
+            told by dimension any more.
+        noise: The noise of the context.
+        posterior: :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
+    """
+
+    def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
+        # A wrapper without storage: an operator that went around the rules would fail, not use the
+        # mean without a word.
+        return torch.Tensor._make_wrapper_subclass(
+            cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device
+        )
+
+    def __init__(
+        self,
+        mean: Tensor,
+        variance: Callable[[], Tensor],
+        sample: Callable[[], Tensor],
+        change: Callable[[], Tensor],
+        *,
+        parameter: str,
+        key: str,
+        axes: tuple[Axis | None, ...] | None,
+        noise: ContextNoise,
+        posterior: tuple[Tensor, Tensor],
+    ) -> None:
+        self.posterior = posterior
+        self._mean, self.parameter, self.key, self.axes, self.noise = (
+            mean,
+            parameter,
+            key,
+            axes,
+            noise,
+        )
+        self._get_variance = _Once(variance, mean, noise)
+        self._get_sample = _Once(sample, mean, noise)
+        self._get_change = _Once(change, mean, noise)
+
+    @classmethod
+    def of(cls, mean: Tensor, logvar: Tensor, name: str, noise: ContextNoise) -> GaussianTensor:
+        r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`."""
+
+        def sample() -> Tensor:
+            return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
+
+        def change() -> Tensor:
+            return (0.5 * logvar).exp() * noise.of_parameter(name, mean)
+
+        axes: list[Axis | None] = [
+            Axis(((name, str(dim)),), (size,), (None,)) if dim < 2 else None
+            for dim, size in enumerate(mean.shape)
+        ]
+        return cls(
+            mean,
+            lambda: logvar.exp(),
+            sample,
+            change,
+            parameter=name,
+            key=name,
+            axes=tuple(axes),
+            noise=noise,
+            posterior=(mean, logvar),
+        )
+
+    def through(
+        self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
+    ) -> GaussianTensor:
+        """Returns what an operator that only arranges elements makes of the tensor."""
+        return GaussianTensor(
+            operator(self._mean),
+            lambda: operator(variance_of(self)),
+            lambda: operator(drawn(self)),
+            lambda: operator(change_of(self)),
+            parameter=self.parameter,
+            key=key,
+            axes=axes,
+            noise=self.noise,
+            posterior=self.posterior,
+        )
+
+    def times(self, factor: Tensor | float) -> GaussianTensor:
+        """Returns the product with a constant of the same shape, or one that broadcasts to it."""
+        return GaussianTensor(
+            self._mean * factor,
+            lambda: variance_of(self) * factor * factor,
+            lambda: drawn(self) * factor,
+            lambda: change_of(self) * factor,
+            parameter=self.parameter,
+            key=self.key,
+            axes=self.axes,
+            noise=self.noise,
+            posterior=self.posterior,
+        )
+
+    def plus(self, term: Tensor | float) -> GaussianTensor:
+        """Returns the sum with a constant of the same shape, or one that broadcasts to it."""
+        return GaussianTensor(
+            self._mean + term,
+            lambda: variance_of(self),
+            lambda: drawn(self) + term,
+            lambda: change_of(self),
+            parameter=self.parameter,
+            key=self.key,
+            axes=self.axes,
+            noise=self.noise,
+            posterior=self.posterior,
+        )
+
+    def signs(self, dim: int, count: int) -> Tensor | None:
+        """Returns the signs of `count` examples along a dimension, of shape `(count, size)`."""
+        axis = (self.axes or ())[dim]
+        if axis is None:
+            return None
+        product: Tensor | None = None
+        for source, size, index in zip(*axis, strict=True):
+            signs = self.noise.signs(source, count, size, self._mean)
+            signs = signs if index is None else signs[:, index]
+            product = signs if product is None else product * signs
+        return product
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"GaussianTensor({self.parameter!r}, shape={tuple(self._mean.shape)})"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == _REQUIRES_GRAD:
+            return _pin(args[0])
+        if func in _METADATA:
+            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        found = RULES.get(func)
+        if found is not None:
+            if any(map(_is_pinned, gaussians_in((*args, *kwargs.values())))):
+                return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
+            out = found(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, GaussianTensor):
+                value.noise.note(value.parameter, f"one draw ({func.__name__})")
+        return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.add_.Tensor and _is_pinned(args[0]):
+            return args[0]  # see `_pin`
+        # Below autograd, a draw would cut the gradient.
+        raise RuntimeError(
+            f"Expected an operator that torch reports to tensor subclasses; got {func}, called from"
+            " where local noise cannot reach. Use reparameterize(local_trick=False), or exclude the"
+            " parameters that it uses."
+        )
+
+
+class _Once:
+    """A tensor that is computed when it is first needed, and again if it then had no gradient."""
+
+    def __init__(self, compute: Callable[[], Tensor], source: Tensor, noise: ContextNoise) -> None:
+        self._compute, self._source, self.noise = compute, source, noise
+        self._value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        wanted = torch.is_grad_enabled() and self._source.requires_grad
+        if self._value is None or (wanted and not self._value.requires_grad):
+            with self.noise.outside():
+                self._value = self._compute()
+        return self._value
+
+
+def of_posterior(
+    posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise
+) -> dict[str, GaussianTensor]:
+    r"""Returns the Gaussian tensors of a posterior.
+
+    Arguments:
+        posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
+        noise: The noise of the context.
+    """
+    return {name: GaussianTensor.of(*q, name, noise) for name, q in posterior.items()}
+
+
+def mean_of(value: Any) -> Any:
+    """Returns the mean of a Gaussian tensor, and anything else as it is."""
+    return value._mean if isinstance(value, GaussianTensor) else value
+
+
+def variance_of(value: GaussianTensor) -> Tensor:
+    """Returns the variance of a Gaussian tensor."""
+    return value._get_variance()
+
+
+def drawn(value: Any) -> Any:
+    """Returns the one draw of a Gaussian tensor in this context, and anything else as it is."""
+    return value._get_sample() if isinstance(value, GaussianTensor) else value
+
+
+def change_of(value: GaussianTensor) -> Tensor:
+    """Returns the one draw of a Gaussian tensor less its mean."""
+    return value._get_change()
+
+
+def gaussians_in(values: Iterable[Any]) -> list[GaussianTensor]:
+    """Returns the Gaussian tensors among some values."""
+    return [value for value in values if isinstance(value, GaussianTensor)]
+
+
+def _metadata() -> set[Callable[..., Any]]:
+    attributes = (
+        "device dtype is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse"
+        " is_sparse_csr is_xpu itemsize layout nbytes ndim shape"
+    )
+    methods = (
+        "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed"
+        " ndimension nelement numel size stride"
+    )
+    found: set[Callable[..., Any]] = {
+        getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
+    }
+    found |= {getattr(Tensor, m) for m in methods.split()}
+    return found | {torch.numel, torch.is_floating_point, torch.is_complex}
+
+
+_METADATA = _metadata()
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _pin(value: GaussianTensor) -> bool:
+    """Returns whether the tensor requires a gradient, and lets its one draw stand for it if so.
+
+    Whoever asks is about to differentiate with respect to the tensor itself, as flows do that hand
+    their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
+    told by an addition in place that its gradient is the draw's.
+    """
+    sample = drawn(value)
+    if not sample.requires_grad:
+        return False
+    value.noise.pinned.add(value.parameter)
+    value.noise.note(value.parameter, "one draw (requires_grad)")
+    with torch._C.DisableTorchFunctionSubclass():
+        if not value.requires_grad:
+            value.add_(sample)
+    return True
+
+
+def _is_pinned(value: Any) -> bool:
+    return isinstance(value, GaussianTensor) and value.parameter in value.noise.pinned
+
+
+def _unless_pinned(value: Any) -> Any:
+    return drawn(value) if _is_pinned(value) else value

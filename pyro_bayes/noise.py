@@ -1,0 +1,179 @@
+"""The noise of one context: drawn when first needed, and kept until the context closes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+Estimator: TypeAlias = Literal["weights", "local", "flipout"]
+
+
+class ContextNoise:
+    """The noise of one context: an operator meets the same noise whenever it is called.
+
+    Noise belongs to the position of an example in a batch. Rows are drawn in order and kept, so
+    that the first rows of a larger batch meet the noise that a smaller batch met. It is drawn
+    outside of `torch.func` transforms and inference mode that were entered within the context:
+    what is kept must serve there and elsewhere.
+
+    Arguments:
+        estimator: What is random: the weights, each operator's outputs, or the weights of each
+            example.
+        batch_dim: The dimension of an operator's input that counts examples.
+    """
+
+    def __init__(self, estimator: Estimator, batch_dim: int = 0) -> None:
+        self.estimator: Estimator = estimator
+        self.batch_dim = batch_dim
+        self.pinned: set[str] = set()
+        """Names of parameters whose one draw stands for them from now on."""
+        self.uses: dict[str, list[str]] | None = None
+        """What became of each parameter by name, if somebody wants to know."""
+        self._level = _level()
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def fresh(self) -> ContextNoise:
+        """Returns noise of the same kind for a context of its own."""
+        return ContextNoise(self.estimator, self.batch_dim)
+
+    def normal(self, source: tuple[str, ...], like: Tensor, example: int | None = 0) -> Tensor:
+        """Returns standard normal noise for an operator's output.
+
+        Arguments:
+            source: What the noise belongs to: the operator and its Gaussian parameters.
+            like: A tensor of the wanted shape, dtype and device; the last dimension holds features.
+            example: Its dimension that counts examples, if there is one.
+        """
+        turned = like.movedim(example, 0) if example else like
+        features = turned.shape[-1:]
+        rows = self._rows(source, math.prod(turned.shape[:-1]), features, like, torch.randn)
+        noise = rows.view(turned.shape)
+        return noise.movedim(0, example) if example else noise
+
+    def signs(self, source: tuple[str, ...], count: int, size: int, like: Tensor) -> Tensor:
+        """Returns one vector of random signs per example, of shape `(count, size)`.
+
+        Arguments:
+            source: What the signs belong to: a parameter and one of its dimensions.
+            count: The number of examples.
+            size: The length of a vector.
+            like: A tensor of the wanted dtype and device.
+        """
+
+        def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+            halves = torch.empty(*shape, dtype=dtype, device=device).bernoulli_(0.5)
+            return halves.mul_(2).sub_(1)
+
+        return self._rows(("signs", *source), count, (size,), like, sample)
+
+    def of_parameter(self, name: str, like: Tensor) -> Tensor:
+        """Returns the standard normal noise of a parameter's one draw.
+
+        Arguments:
+            name: The name of the parameter.
+            like: A tensor of its shape, dtype and device.
+        """
+        key = (name, like.shape, like.dtype, like.device)
+        if key not in self._kept:
+            with self.outside():
+                self._kept[key] = torch.randn(like.shape, dtype=like.dtype, device=like.device)
+        return self._kept[key]
+
+    def note(self, name: str, use: str) -> None:
+        """Notes what became of a parameter, if somebody wants to know."""
+        if self.uses is not None and use not in self.uses.setdefault(name, []):
+            self.uses[name].append(use)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Leaves inference mode, and the transforms that were entered within the context."""
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                if torch.is_inference_mode_enabled():
+                    stack.enter_context(torch.inference_mode(False))
+                for _ in range(_level() - self._level):
+                    stack.enter_context(temporarily_pop_interpreter_stack())
+            yield
+
+    def _rows(
+        self,
+        source: tuple[str, ...],
+        count: int,
+        features: Sequence[int],
+        like: Tensor,
+        sample: Callable[..., Tensor],
+    ) -> Tensor:
+        key = (source, *features, like.dtype, like.device)
+        rows = self._kept.get(key)
+        known = 0 if rows is None else len(rows)
+        if rows is None or known < count:
+            with self.outside():
+                missing = (count - known, *features)
+                more = sample(missing, dtype=like.dtype, device=like.device)
+                rows = self._kept[key] = more if rows is None else torch.cat((rows, more))
+        return rows[:count]
+
+
+class ParticleNoise(ContextNoise):
+    """The noise of one particle among those that :func:`torch.vmap` evaluates together.
+
+    Arguments:
+        noise: The noise of the context, which keeps that of all particles.
+        size: The number of particles.
+        index: Which of them it is, a 0-dim tensor.
+    """
+
+    def __init__(self, noise: ContextNoise, size: int, index: Tensor) -> None:
+        super().__init__(noise.estimator, noise.batch_dim)
+        self._all, self._size, self._index = noise, size, index
+
+    def of_parameter(self, name: str, like: Tensor) -> Tensor:
+        shape = (self._size, *like.shape)
+        with self._all.outside():
+            expanded = like.new_empty(()).expand(shape)
+        return self._own(self._all.of_parameter(name, expanded))
+
+    def _rows(
+        self,
+        source: tuple[str, ...],
+        count: int,
+        features: Sequence[int],
+        like: Tensor,
+        sample: Callable[..., Tensor],
+    ) -> Tensor:
+        every = (self._size, *features)
+        return self._own(self._all._rows(source, count, every, like, sample), dim=1)
+
+    def _own(self, noise: Tensor, dim: int = 0) -> Tensor:
+        return noise.index_select(dim, self._index.reshape(1)).squeeze(dim)
+
+
+def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
+    """Returns the noise of a context for the arguments that a user gave.
+
+    Raises:
+        ValueError: If `local_trick` is neither `True`, `False` nor `"flipout"`, or `batch_dim` is
+            negative.
+    """
+    if not isinstance(local_trick, bool) and local_trick != "flipout":
+        raise ValueError(
+            f"Expected local_trick to be True, False or 'flipout'; got {local_trick!r}."
+        )
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
+        raise ValueError(
+            f"Expected batch_dim to be 0 or, for inputs that have time first, 1; got {batch_dim!r}."
+        )
+    if local_trick == "flipout":
+        return ContextNoise("flipout", batch_dim)
+    return ContextNoise("local" if local_trick else "weights", batch_dim)
+
+
+def _level() -> int:
+    # There is no public call that says how many transforms are active.
+    return torch._C._functorch.maybe_current_level() or 0

@@ -1,0 +1,90 @@
+"""Rules of sums and products with deterministic tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bayes.estimator import affine, aligned, spread
+from pyro_bayes.gaussian_tensor import GaussianTensor, rule
+
+
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def _mul(input: Any, other: Any) -> Any:
+    gaussian, factor = (input, other) if isinstance(input, GaussianTensor) else (other, input)
+    if not _is_constant(factor):
+        return NotImplemented
+    if _keeps_shape(gaussian, factor):
+        return gaussian.times(factor)
+    example = _outer_example(gaussian, factor)
+    if example is NotImplemented:
+        return NotImplemented
+    return affine(
+        "mul",
+        lambda x, w, _: x * w,
+        (factor,),
+        gaussian,
+        example=example,
+        into={},
+        out=aligned(gaussian),
+    )
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    other = other if alpha == 1 else other * alpha
+    gaussian, term = (input, other) if isinstance(input, GaussianTensor) else (other, input)
+    if not _is_constant(term):
+        return NotImplemented
+    if _keeps_shape(gaussian, term):
+        return gaussian.plus(term)
+    example = _outer_example(gaussian, term)
+    if example is NotImplemented:
+        return NotImplemented
+    return spread("add", gaussian, term, example)
+
+
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+def _sub(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _add(input, -other, alpha=alpha)
+
+
+@rule(Tensor.__rsub__)
+def _rsub(input: Any, other: Any) -> Any:
+    return _add(-input, other)
+
+
+@rule(torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__)
+def _neg(input: Any) -> Any:
+    return input.times(-1)
+
+
+@rule(torch.div, torch.divide, Tensor.div, Tensor.divide, Tensor.__truediv__)
+def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None or isinstance(other, GaussianTensor):
+        return NotImplemented
+    return _mul(input, 1 / other)
+
+
+def _is_constant(value: Any) -> bool:
+    deterministic = isinstance(value, (Tensor, int, float))
+    return deterministic and not isinstance(value, GaussianTensor)
+
+
+def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:
+    """Whether arithmetic with a constant leaves a parameter a parameter."""
+    if not isinstance(other, Tensor):
+        return True
+    return bool(torch.broadcast_shapes(other.shape, gaussian.shape) == gaussian.shape)
+
+
+def _outer_example(gaussian: GaussianTensor, other: Tensor) -> Any:
+    """The dimension that counts examples when a parameter is broadcast over an activation."""
+    shape = torch.broadcast_shapes(other.shape, gaussian.shape)
+    if other.shape != shape:
+        return NotImplemented
+    aligned = (1,) * (len(shape) - gaussian.dim()) + tuple(gaussian.shape)
+    example = gaussian.noise.batch_dim
+    return example if example < len(shape) and aligned[example] == 1 else None

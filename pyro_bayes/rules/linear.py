@@ -1,0 +1,105 @@
+"""Rules of linear and bilinear maps and of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_bayes.estimator import affine, example_dim
+from pyro_bayes.gaussian_tensor import GaussianTensor, rule
+
+
+@rule(F.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return linear(input, weight, bias, example_dim((weight, bias), input.dim() - 1))
+
+
+def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
+    """A linear layer whose input has a given dimension that counts examples, or none."""
+    return affine(
+        "linear", F.linear, (input,), weight, bias, example=example, into={1: (0, -1)}, out={0: -1}
+    )
+
+
+@rule(F.bilinear)
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    example = example_dim((weight, bias), input1.dim() - 1)
+    return affine(
+        "bilinear",
+        F.bilinear,
+        (input1, input2),
+        weight,
+        bias,
+        example=example,
+        into={1: (0, -1), 2: (1, -1)},
+        out={0: -1},
+    )
+
+
+@rule(
+    *(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm),
+    Tensor.__matmul__,
+)
+def _matmul(input: Any, other: Any) -> Any:
+    if isinstance(input, GaussianTensor) and isinstance(other, GaussianTensor):
+        return NotImplemented
+    if isinstance(other, GaussianTensor):
+        return _times_matrix("matmul", lambda x, w, _: torch.matmul(x, w), input, other)
+    out = {d: d - input.dim() for d in range(input.dim() - 1)}
+    if other.dim() == 1:
+        example, into, out = None, -1, {d: v + 1 for d, v in out.items()}
+    else:
+        example = example_dim((input,), other.dim() - max(input.dim(), 2))
+        into = -2
+    return affine(
+        "matmul",
+        lambda x, w, _: torch.matmul(w, x),
+        (other,),
+        input,
+        example=example,
+        into={input.dim() - 1: (0, into)},
+        out=out,
+    )
+
+
+@rule(Tensor.__rmatmul__)
+def _rmatmul(input: Any, other: Any) -> Any:
+    return _matmul(other, input)
+
+
+@rule(torch.addmm, Tensor.addmm)
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(mat1, GaussianTensor):
+        return NotImplemented
+    if isinstance(input, GaussianTensor) and (input.dim() != 1 or isinstance(beta, Tensor)):
+        return NotImplemented
+    bias = input.times(beta) if isinstance(input, GaussianTensor) else input * beta
+    weight = mat2.times(alpha) if isinstance(mat2, GaussianTensor) else mat2 * alpha
+
+    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.mm(x, w) if b is None else torch.addmm(b, x, w)
+
+    return _times_matrix("addmm", apply, mat1, weight, bias)
+
+
+def _times_matrix(
+    operator: str, apply: Callable[..., Tensor], input: Any, weight: Any, bias: Any = None
+) -> Any:
+    """A product with a matrix, or a stack of them, on the right."""
+    last = weight.dim() - 1
+    contracted = max(last - 1, 0)
+    out = {d: d - weight.dim() + (last == 0) for d in range(last + 1) if d != contracted}
+    return affine(
+        operator,
+        apply,
+        (input,),
+        weight,
+        bias,
+        example=example_dim((weight, bias), input.dim() - max(weight.dim() - 1, 1)),
+        into={contracted: (0, -1)},
+        out=out,
+    )
