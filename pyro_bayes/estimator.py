@@ -184,8 +184,9 @@ def elementwise_change(
     change = change.view((1,) * (like.dim() - change.dim()) + change.shape)
     if example is not None and count > 1:
         change = change.expand(*(count if d == example else -1 for d in range(like.dim())))
-    for dim in range(value.dim()):
-        target = dim - value.dim() - trailing
+    dims = mean_of(value).dim()
+    for dim in range(dims):
+        target = dim - dims - trailing
         change = _flip(change, value.signs(dim, count), example, target)
     return change
 
@@ -205,7 +206,8 @@ def example_dim(sources: Sequence[Any], leading: int) -> int | None:
 
 def aligned(value: Any) -> dict[int, int]:
     """Returns each dimension of an elementwise weight, with the one of the output that it is."""
-    return {} if value is None else {d: d - value.dim() for d in range(value.dim())}
+    dims = 0 if value is None else mean_of(value).dim()
+    return {d: d - dims for d in range(dims)}
 
 
 def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) -> Tensor:
@@ -213,6 +215,8 @@ def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) ->
     if signs is None:
         return value
     dim = dim % value.dim()
+    if dim == example:  # the tensor has one value for all examples
+        return value * signs.view([-1 if d == example else 1 for d in range(value.dim())])
     # The groups of a convolution share a weight's dimension.
     size = value.shape[dim]
     signs = signs if size == signs.shape[1] else signs.repeat(1, size // signs.shape[1])
@@ -220,8 +224,6 @@ def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) ->
     shape[dim] = size
     if example is None:
         return value * signs.view(shape)
-    if dim == example:  # the tensor has one value for all examples
-        return value * signs.view([-1 if d == example else 1 for d in range(value.dim())])
     shape[example] = len(signs)
     return value * (signs if example < dim else signs.T).reshape(shape)
 

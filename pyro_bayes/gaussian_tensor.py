@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -92,9 +93,11 @@ class GaussianTensor(torch.Tensor):
             axes,
             noise,
         )
-        self._get_variance = _Once(variance, mean, noise)
-        self._get_sample = _Once(sample, mean, noise)
-        self._get_change = _Once(change, mean, noise)
+        # The parameter's own moments serve the whole context; others, the place where it is made.
+        outside = noise.outside if mean is posterior[0] else nullcontext
+        self._get_variance = _Once(variance, mean, outside)
+        self._get_sample = _Once(sample, mean, outside)
+        self._get_change = _Once(change, mean, outside)
 
     @classmethod
     def of(cls, mean: Tensor, logvar: Tensor, name: str, noise: ContextNoise) -> GaussianTensor:
@@ -222,18 +225,24 @@ class GaussianTensor(torch.Tensor):
 class _Once:
     """A tensor that is computed when it is first needed, and again if it then had no gradient."""
 
-    def __init__(self, compute: Callable[[], Tensor], source: Tensor, noise: ContextNoise) -> None:
-        self._compute, self._source, self.noise = compute, source, noise
+    def __init__(
+        self,
+        compute: Callable[[], Tensor],
+        source: Tensor,
+        outside: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._compute, self._source, self._outside = compute, source, outside
         self._value: Tensor | None = None
 
     def __call__(self) -> Tensor:
         wanted = torch.is_grad_enabled() and self._source.requires_grad
         if self._value is None or (wanted and not self._value.requires_grad):
-            with self.noise.outside():
+            with self._outside():
                 self._value = self._compute()
         return self._value
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def of_posterior(
     posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise
 ) -> dict[str, GaussianTensor]:
@@ -298,9 +307,9 @@ def _pin(value: GaussianTensor) -> bool:
     their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
     told by an addition in place that its gradient is the draw's.
     """
-    sample = drawn(value)
-    if not sample.requires_grad:
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
         return False
+    sample = drawn(value)
     value.noise.pinned.add(value.parameter)
     value.noise.note(value.parameter, "one draw (requires_grad)")
     with torch._C.DisableTorchFunctionSubclass():

@@ -51,8 +51,9 @@ class ContextNoise:
             example: Its dimension that counts examples, if there is one.
         """
         turned = like.movedim(example, 0) if example else like
-        features = turned.shape[-1:]
-        rows = self._rows(source, math.prod(turned.shape[:-1]), features, like, torch.randn)
+        last = turned.dim() - 1 if turned.dim() > 1 or example is None else 1
+        features = turned.shape[last:]
+        rows = self._rows(source, math.prod(turned.shape[:last]), features, like, torch.randn)
         noise = rows.view(turned.shape)
         return noise.movedim(0, example) if example else noise
 

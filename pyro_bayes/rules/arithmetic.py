@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.estimator import affine, aligned, spread
-from pyro_bayes.gaussian_tensor import GaussianTensor, rule
+from pyro_bayes.gaussian_tensor import GaussianTensor, mean_of, rule
 
 
-@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
 def _mul(input: Any, other: Any) -> Any:
     gaussian, factor = (input, other) if isinstance(input, GaussianTensor) else (other, input)
     if not _is_constant(factor):
@@ -32,7 +32,7 @@ def _mul(input: Any, other: Any) -> Any:
     )
 
 
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@rule(torch.add, Tensor.add)
 def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     other = other if alpha == 1 else other * alpha
     gaussian, term = (input, other) if isinstance(input, GaussianTensor) else (other, input)
@@ -46,7 +46,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     return spread("add", gaussian, term, example)
 
 
-@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract)
 def _sub(input: Any, other: Any, *, alpha: float = 1) -> Any:
     return _add(input, -other, alpha=alpha)
 
@@ -61,7 +61,7 @@ def _neg(input: Any) -> Any:
     return input.times(-1)
 
 
-@rule(torch.div, torch.divide, Tensor.div, Tensor.divide, Tensor.__truediv__)
+@rule(torch.div, torch.divide, Tensor.div, Tensor.divide)
 def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None or isinstance(other, GaussianTensor):
         return NotImplemented
@@ -77,14 +77,16 @@ def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:
     """Whether arithmetic with a constant leaves a parameter a parameter."""
     if not isinstance(other, Tensor):
         return True
-    return bool(torch.broadcast_shapes(other.shape, gaussian.shape) == gaussian.shape)
+    shape = mean_of(gaussian).shape
+    return bool(torch.broadcast_shapes(other.shape, shape) == shape)
 
 
 def _outer_example(gaussian: GaussianTensor, other: Tensor) -> Any:
     """The dimension that counts examples when a parameter is broadcast over an activation."""
-    shape = torch.broadcast_shapes(other.shape, gaussian.shape)
+    own = mean_of(gaussian).shape
+    shape = torch.broadcast_shapes(other.shape, own)
     if other.shape != shape:
         return NotImplemented
-    aligned = (1,) * (len(shape) - gaussian.dim()) + tuple(gaussian.shape)
+    aligned = (1,) * (len(shape) - len(own)) + tuple(own)
     example = gaussian.noise.batch_dim
     return example if example < len(shape) and aligned[example] == 1 else None

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_bayes.gaussian_tensor import RULES, Axis, GaussianTensor, mean_of
 
 _CONVERSIONS: tuple[Callable[..., Any], ...] = (
-    *(torch.clone, torch.detach, Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.to),
+    *(torch.clone, Tensor.contiguous, Tensor.clone, Tensor.to),
     *(Tensor.float, Tensor.double, Tensor.type_as),
 )
 _ARRANGEMENTS: tuple[Callable[..., Any], ...] = (
@@ -56,8 +57,7 @@ for _operator in (*_CONVERSIONS, *_ARRANGEMENTS):
 def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str) -> GaussianTensor:
     """Applies an operator that only arranges elements, and follows the signs of each dimension.
 
-    An index that varies along one dimension only, and takes no memory along the others, must come
-    out likewise.
+    An index that varies along one dimension only must come out likewise.
     """
     if value.noise.estimator != "flipout" or value.axes is None:
         return value.through(operator, key, None)
@@ -69,6 +69,8 @@ def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str
         index = torch.arange(value.shape[dim], device=value.device).view(shape)
         moved = operator(index.expand(value.shape))
         varies = [d for d, size in enumerate(moved.shape) if size > 1 and moved.stride(d)]
+        if len(varies) > 1:  # a copy takes memory along all dimensions
+            varies = [d for d in varies if (moved != moved.narrow(d, 0, 1)).any()]
         if len(varies) > 1:
             return value.through(operator, key, None)
         target = varies[0] if varies else 0
@@ -83,4 +85,8 @@ def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str
 
 
 def _described(items: Iterable[tuple[Any, Any]]) -> str:
-    return "".join(f"({k}={tuple(v.shape) if isinstance(v, Tensor) else v})" for k, v in items)
+    return "".join(f"({k}={tree_map_only(Tensor, _shape, v)})" for k, v in items)
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)

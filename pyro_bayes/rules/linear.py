@@ -40,10 +40,7 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     )
 
 
-@rule(
-    *(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm),
-    Tensor.__matmul__,
-)
+@rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
 def _matmul(input: Any, other: Any) -> Any:
     if isinstance(input, GaussianTensor) and isinstance(other, GaussianTensor):
         return NotImplemented
@@ -91,6 +88,7 @@ def _times_matrix(
 ) -> Any:
     """A product with a matrix, or a stack of them, on the right."""
     last = weight.dim() - 1
+    leading = input.dim() - (weight.dim() if weight.dim() > 2 else 1)
     contracted = max(last - 1, 0)
     out = {d: d - weight.dim() + (last == 0) for d in range(last + 1) if d != contracted}
     return affine(
@@ -99,7 +97,7 @@ def _times_matrix(
         (input,),
         weight,
         bias,
-        example=example_dim((weight, bias), input.dim() - max(weight.dim() - 1, 1)),
+        example=example_dim((weight, bias), leading),
         into={contracted: (0, -1)},
         out=out,
     )
