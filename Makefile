@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint test-lowest clean
+.PHONY: demo test lint gradient-variance test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -15,6 +15,9 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gradient-variance: $(READY)  ## Measure the variance of gradients; writes benchmarks/README.md
+	$(BIN)/python benchmarks/gradient_variance.py
 
 test-lowest:  ## Run the tests with the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

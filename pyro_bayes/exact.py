@@ -79,7 +79,7 @@ class _Undrawn(dist.Normal):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.value if shape == self.value.shape else self.value.expand(shape)
+        return self.value if shape == self.value.shape else self.value.batched(shape)
 
 
 class _Site(dist.Independent):

@@ -125,6 +125,17 @@ class GaussianTensor(torch.Tensor):
             posterior=(mean, logvar),
         )
 
+    def batched(self, shape: torch.Size) -> GaussianTensor:
+        """Returns independent copies of the whole parameter, for several draws at a time.
+
+        Arguments:
+            shape: The parameter's shape, with dimensions for the copies on its left.
+        """
+        mean, logvar = (p.expand(shape) for p in self.posterior)
+        copies = GaussianTensor.of(mean, logvar, self.parameter, self.noise)
+        copies.posterior = self.posterior
+        return copies
+
     def through(
         self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
     ) -> GaussianTensor:
@@ -242,7 +253,6 @@ class _Once:
         return self._value
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def of_posterior(
     posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise
 ) -> dict[str, GaussianTensor]:

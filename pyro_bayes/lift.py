@@ -64,7 +64,7 @@ class Particles:
         module: The module.
         swap: The swap of its parameters.
         draws: The draws by name, of shape :math:`(P, *)` or, the same for all particles, :math:`*`.
-        batched: The names of those that have the dimension of size :math:`P`.
+        batched: The number :math:`P` by the names of those that have its dimension.
         depth: The number of plate dimensions to the right of the particles'.
         event_dim: The number of dimensions of an output that belong to no plate, if it is known.
     """
@@ -74,7 +74,7 @@ class Particles:
         module: nn.Module,
         swap: Swap,
         draws: Mapping[str, Tensor],
-        batched: set[str],
+        batched: Mapping[str, int],
         depth: int,
         event_dim: int | None,
     ) -> None:
@@ -82,7 +82,7 @@ class Particles:
         self._gaussians = {n: d for n, d in draws.items() if isinstance(d, GaussianTensor)}
         self._draws = {n: d for n, d in draws.items() if n not in self._gaussians}
         self._in_dims = {name: 0 if name in batched else None for name in self._draws}
-        self._size = len(draws[next(iter(batched))])
+        self._size = next(iter(batched.values()))
         self._depth, self._event_dim = depth, event_dim
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class Particles:
 
 def stack(
     values: Mapping[str, Tensor], originals: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Tensor], set[str]]:
+) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Brings the values of sites to their parameters' shapes, behind one dimension for particles.
 
     Arguments:
@@ -170,16 +170,20 @@ def stack(
         originals: The parameters.
 
     Returns:
-        The values, and the names of those that hold more than one draw. Gaussian tensors stay what
-        they are, unless the estimator is to draw them.
+        The values, and the numbers of draws by name where there are several. Gaussian tensors stay
+        what they are, unless the estimator is to draw them.
     """
-    stacked, batched = {}, set()
+    stacked: dict[str, Tensor] = {}
+    batched: dict[str, int] = {}
     for name, value in values.items():
         if isinstance(value, GaussianTensor) and value.noise.estimator == "weights":
             value = drawn(value)
         shape = originals[name].shape
         draws = math.prod(value.shape[: value.dim() - len(shape)])
         if draws > 1:
-            batched.add(name)
-        stacked[name] = value.reshape((draws, *shape) if draws > 1 else shape)
+            batched[name] = draws
+        if isinstance(value, GaussianTensor):
+            stacked[name] = GaussianTensor.of(*value.posterior, name, value.noise)
+        else:
+            stacked[name] = value.reshape((draws, *shape) if draws > 1 else shape)
     return stacked, batched

@@ -380,3 +380,40 @@ def test_compiled_training_step(net, data):
     expected = loss()
     torch.manual_seed(1)
     torch.testing.assert_close(compiled(), expected)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.cell = nn.LSTM(4, 3, batch_first=True)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 2)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.cell(self.table(tokens))[0][:, -1])).relu()
+
+
+@pytest.mark.parametrize(("local_trick", "word"), [(True, "local"), ("flipout", "flipout")])
+def test_summary_tells_what_an_estimator_reached(capsys, local_trick, word):
+    bnn, tokens = BayesianModel(Mixed(), exclude_params="head.bias"), torch.randint(5, (6, 7))
+    state = {name: buffer.clone() for name, buffer in bnn.base.named_buffers()}
+    random = torch.get_rng_state()
+    summary = bnn.summary(tokens, local_trick=local_trick)
+    noise = {row.parameter: row.noise for row in summary.rows}
+    assert noise["table.weight"] == noise["norm.weight"] == noise["head.weight"] == word
+    assert noise["cell.weight_hh_l0"] == "one draw (lstm)"
+    assert noise["head.bias"] == "deterministic"
+    assert noise["spare.weight"] == "not used"
+    assert "one draw (lstm)" in capsys.readouterr().out
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(state[name], buffer) for name, buffer in bnn.base.named_buffers())
+    assert all(p.grad is None for p in bnn.parameters())
+
+
+def test_summary_takes_a_function():
+    bnn = BayesianModel(nn.Sequential(nn.Linear(2, 2)))
+    (weight, _) = bnn.summary(lambda net: net[0].weight.exp()).rows
+    assert weight.noise == "one draw (exp)"
+    assert bnn.summary().rows[0].noise is None

@@ -181,3 +181,32 @@ def test_same_expected_loss_as_zuko(base, local_trick):
     error = ((a.var() + b.var()) / len(a)).sqrt()
     assert (a.mean() - b.mean()).abs() < 4 * error
     torch.testing.assert_close(a.std(), b.std(), rtol=0.25, atol=0)
+
+
+CONTINUOUS = {
+    "CNF": lambda: zuko.flows.CNF(2, 3, hidden_features=(8,)),
+    "UNAF": lambda: zuko.flows.UNAF(2, 3, transforms=1, hidden_features=(8,)),
+}
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+@pytest.mark.parametrize("flow", CONTINUOUS.values(), ids=CONTINUOUS)
+def test_flows_with_autograd_inside_use_one_draw(flow, data, local_trick):
+    """Their parameters go through an autograd function, which must see the draw's gradient."""
+    base, (x, c) = flow(), data
+    rows = BayesianModel(base).summary(lambda f: f(c).log_prob(x), local_trick=local_trick).rows
+    inside = [row.parameter for row in rows if row.noise.startswith("one draw")]
+    bnn = BayesianModel(base, init_logvar=-4.0, include_params=inside)
+    trained = list(bnn.guide.parameters())
+
+    def gradients(estimator, call):
+        torch.manual_seed(4)
+        with bnn.reparameterize(estimator) as model:
+            value = call(model(c))
+            return value.detach(), *torch.autograd.grad(value, trained)
+
+    density = gradients(local_trick, lambda q: q.log_prob(x).mean())
+    expected = gradients(False, lambda q: q.log_prob(x).mean())
+    torch.testing.assert_close(density, expected, rtol=1e-4, atol=1e-5)
+    sample = gradients(local_trick, lambda q: q.rsample().square().mean())
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in sample)
