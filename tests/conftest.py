@@ -3,13 +3,18 @@ import pytest
 import torch
 from torch import nn
 
+from pyro_bayes.gaussian_tensor import RULES
+
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Starts each test with its own seed and an empty param store."""
+    """Starts each test with its own seed, an empty param store and the registry as it is."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    rules = dict(RULES)
     yield
+    RULES.clear()
+    RULES.update(rules)
     pyro.clear_param_store()
 
 
