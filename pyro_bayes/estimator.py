@@ -68,6 +68,8 @@ def affine(
         | https://arxiv.org/abs/1803.04386
     """
     inputs = [drawn(x) for x in inputs]
+    if any(x.layout is not torch.strided for x in inputs):
+        return NotImplemented
     weight, bias = as_usable(operator, weight), as_usable(operator, bias)
     mean = apply(*inputs, mean_of(weight), mean_of(bias))
     gaussians = gaussians_in((weight, bias))
@@ -127,6 +129,7 @@ def noisy(
     if noise.estimator == "flipout":
         return mean + change().to(mean.dtype)
     scale = variance()
+    scale = scale.float() if scale.dtype == torch.float16 else scale
     # The gradient of a square root is infinite at zero, where the variance's own is zero: the
     # smallest normal number makes their product zero instead of NaN.
     scale = scale.clamp_min(torch.finfo(scale.dtype).tiny).sqrt().to(mean.dtype)

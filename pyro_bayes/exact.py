@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
-import torch
-from torch import Tensor
-from torch.distributions.utils import lazy_property
 
+from pyro_bayes import fused
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.guide import MeanField
 from pyro_bayes.noise import ContextNoise
 from pyro_bayes.prior import distinct_sites
+from pyro_bayes.site import Posterior
 
 
 class ExactKL:
@@ -51,39 +49,9 @@ class ExactKL:
         noise = self._noise.fresh()
         values = {}
         with distinct_sites():
+            posterior = {site: self._guide.statements(site) for site in self._guide.sites}
+            draws = fused.draws(posterior) if noise.estimator == "weights" else {}
             for site, name in self._guide.sites.items():
-                mean, logvar = self._guide.statements(site)
-                value = GaussianTensor.of(mean, logvar, name, noise)
-                values[site] = pyro.sample(site, _Site(_Undrawn(value), mean.dim()))
+                value = GaussianTensor.of(*posterior[site], name, noise, draws.get(site))
+                values[site] = pyro.sample(site, Posterior(*posterior[site], value))
         return values
-
-
-class _Undrawn(dist.Normal):
-    """A normal distribution whose draw is a Gaussian tensor."""
-
-    def __init__(self, value: GaussianTensor) -> None:
-        self.value = value
-        self.loc, self._logvar = value.posterior
-        torch.distributions.Distribution.__init__(self, self.loc.shape, validate_args=False)
-
-    @lazy_property
-    def scale(self) -> Tensor:
-        return (0.5 * self._logvar).exp()
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Undrawn:
-        new = type(self).__new__(type(self))
-        new.value, new.loc = self.value, self.loc.expand(batch_shape)
-        new._logvar = self._logvar.expand(batch_shape)
-        torch.distributions.Distribution.__init__(new, batch_shape, validate_args=False)
-        return new
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
-        return self.value if shape == self.value.shape else self.value.batched(shape)
-
-
-class _Site(dist.Independent):
-    def log_prob(self, value: Any) -> Tensor:
-        if isinstance(value, GaussianTensor):
-            return value.posterior[0].new_zeros(()).expand(self.batch_shape)
-        return super().log_prob(value)  # type: ignore[no-any-return]

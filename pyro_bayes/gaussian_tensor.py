@@ -95,16 +95,29 @@ class GaussianTensor(torch.Tensor):
         )
         # The parameter's own moments serve the whole context; others, the place where it is made.
         outside = noise.outside if mean is posterior[0] else nullcontext
-        self._get_variance = _Once(variance, mean, outside)
-        self._get_sample = _Once(sample, mean, outside)
-        self._get_change = _Once(change, mean, outside)
+        self._get_variance = _Once(variance, posterior, outside)
+        self._get_sample = _Once(sample, posterior, outside)
+        self._get_change = _Once(change, posterior, outside)
 
     @classmethod
-    def of(cls, mean: Tensor, logvar: Tensor, name: str, noise: ContextNoise) -> GaussianTensor:
+    def of(
+        cls,
+        mean: Tensor,
+        logvar: Tensor,
+        name: str,
+        noise: ContextNoise,
+        draw: Tensor | None = None,
+    ) -> GaussianTensor:
         r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`."""
 
         def sample() -> Tensor:
+            if draw is not None:
+                return draw
             return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
+
+        def variance() -> Tensor:
+            # Half precision has no small variances.
+            return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
 
         def change() -> Tensor:
             return (0.5 * logvar).exp() * noise.of_parameter(name, mean)
@@ -115,7 +128,7 @@ class GaussianTensor(torch.Tensor):
         ]
         return cls(
             mean,
-            lambda: logvar.exp(),
+            variance,
             sample,
             change,
             parameter=name,
@@ -160,7 +173,7 @@ class GaussianTensor(torch.Tensor):
             lambda: drawn(self) * factor,
             lambda: change_of(self) * factor,
             parameter=self.parameter,
-            key=self.key,
+            key=f"{self.key}*{self.noise.token(self.key, factor)}",
             axes=self.axes,
             noise=self.noise,
             posterior=self.posterior,
@@ -207,9 +220,10 @@ class GaussianTensor(torch.Tensor):
             return _pin(args[0])
         if func in _METADATA:
             return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        given = gaussians_in((*args, *kwargs.values()))
         found = RULES.get(func)
-        if found is not None:
-            if any(map(_is_pinned, gaussians_in((*args, *kwargs.values())))):
+        if found is not None and not (given and given[0].noise.estimator == "weights"):
+            if any(map(_is_pinned, given)):
                 return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
             out = found(*args, **kwargs)
             if out is not NotImplemented:
@@ -217,6 +231,12 @@ class GaussianTensor(torch.Tensor):
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, GaussianTensor):
                 value.noise.note(value.parameter, f"one draw ({func.__name__})")
+                value.noise.handed.add(value.parameter)
+        if given and _is_mutation(func, kwargs):
+            # From now on, the draw is what was made of it.
+            with torch.enable_grad():
+                drawn(given[0])
+            given[0].noise.pinned.add(given[0].parameter)
         return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
 
     @classmethod
@@ -239,14 +259,14 @@ class _Once:
     def __init__(
         self,
         compute: Callable[[], Tensor],
-        source: Tensor,
+        sources: tuple[Tensor, ...],
         outside: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._compute, self._source, self._outside = compute, source, outside
+        self._compute, self._sources, self._outside = compute, sources, outside
         self._value: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        wanted = torch.is_grad_enabled() and self._source.requires_grad
+        wanted = torch.is_grad_enabled() and any(s.requires_grad for s in self._sources)
         if self._value is None or (wanted and not self._value.requires_grad):
             with self._outside():
                 self._value = self._compute()
@@ -303,7 +323,10 @@ def _metadata() -> set[Callable[..., Any]]:
         getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
     }
     found |= {getattr(Tensor, m) for m in methods.split()}
-    return found | {torch.numel, torch.is_floating_point, torch.is_complex}
+    likes = "zeros ones empty full rand randn"
+    found |= {getattr(torch, f"{like}_like") for like in likes.split()}
+    found |= {getattr(Tensor, f"new_{like}") for like in likes.split()[:4]}
+    return found | {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_tensor}
 
 
 _METADATA = _metadata()
@@ -317,15 +340,22 @@ def _pin(value: GaussianTensor) -> bool:
     their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
     told by an addition in place that its gradient is the draw's.
     """
+    value.noise.pinned.add(value.parameter)
+    value.noise.note(value.parameter, "one draw (requires_grad)")
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
         return False
     sample = drawn(value)
-    value.noise.pinned.add(value.parameter)
-    value.noise.note(value.parameter, "one draw (requires_grad)")
     with torch._C.DisableTorchFunctionSubclass():
         if not value.requires_grad:
             value.add_(sample)
     return True
+
+
+def _is_mutation(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    name = func.__name__
+    special = name in ("__setitem__", "__set__") or name.startswith("__i")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return special or in_place or isinstance(kwargs.get("out"), GaussianTensor)
 
 
 def _is_pinned(value: Any) -> bool:

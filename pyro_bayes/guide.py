@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
-from pyro_bayes import store
+from pyro_bayes import fused, store
 from pyro_bayes.prior import GaussianPrior, distinct_sites
+from pyro_bayes.site import Posterior
 from pyro_bayes.tree import plant
 
 _constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
@@ -103,12 +103,12 @@ class MeanField(AutoNormal):
         Returns:
             The draw of each site by the name of the site.
         """
-        draws = {}
         with distinct_sites():
-            for site in self.sites:
-                loc, scale = self._get_loc_and_scale(site)
-                draws[site] = pyro.sample(site, dist.Normal(loc, scale).to_event())
-        return draws
+            posterior = {site: self.statements(site) for site in self.sites}
+            return {
+                site: pyro.sample(site, Posterior(*posterior[site], *drawn))
+                for site, drawn in fused.draws_and_noise(posterior).items()
+            }
 
     def statements(self, site: str) -> tuple[Tensor, Tensor]:
         r"""Makes the `pyro.param` statements of one site.

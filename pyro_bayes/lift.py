@@ -10,7 +10,7 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from pyro_bayes.gaussian_tensor import GaussianTensor, drawn
 from pyro_bayes.noise import ParticleNoise
@@ -31,6 +31,7 @@ class LiftMessenger(Messenger):
     Attributes:
         depth: The number of plate dimensions to the right of the particles', or `None` if Pyro
             runs the model for one draw.
+        observed: The sites that have a given value, as when Pyro predicts.
 
     Arguments:
         sites: The names of the sites of the base's parameters.
@@ -40,9 +41,12 @@ class LiftMessenger(Messenger):
         super().__init__()
         self._sites = frozenset(sites)
         self.depth: int | None = None
+        self.observed: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self._sites:
+            if msg["is_observed"]:
+                self.observed.add(msg["name"])
             for frame in msg["cond_indep_stack"]:
                 if frame.name not in _PARTICLES:
                     raise ValueError(
@@ -111,7 +115,7 @@ class Particles:
                 for name, value in self._gaussians.items()
             }
             with self._swap(draws | gaussians):
-                return self._module(*args, **kwargs)
+                return tree_map(drawn, self._module(*args, **kwargs))
 
         batched_call = torch.vmap(call, in_dims=(0, self._in_dims), randomness="different")
         try:

@@ -10,6 +10,7 @@ from pyro.poutine.runtime import am_i_wrapped
 
 from pyro_bayes import store
 from pyro_bayes.exact import ExactKL
+from pyro_bayes.gaussian_tensor import drawn
 from pyro_bayes.lift import LiftMessenger, Particles, stack
 from pyro_bayes.noise import context_noise
 from pyro_bayes.prior import distinct_sites
@@ -62,6 +63,8 @@ class LiftedModule(TiedModule):
         with self._lock(), LiftMessenger(self._guide.sites) as messenger:
             with distinct_sites():
                 values = self._prior()
+            for site in messenger.observed:
+                values[self._guide.sites[site]] = drawn(values[self._guide.sites[site]])
             for name, parameter in self._deterministic().items():
                 values[name] = store.statement(self._store_key(name), parameter)
             values, batched = stack(values, self._swap.originals)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_bayes import gaussian
+from pyro_bayes import fused
 from pyro_bayes.checks import check_base, check_prior_var, is_number
 from pyro_bayes.gaussian_tensor import of_posterior
 from pyro_bayes.guide import MeanField
@@ -127,8 +127,7 @@ class BayesianModel(LiftedModule):
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
-        posterior = self._guide.posterior()
-        return {name: gaussian.draw(*q) for name, q in posterior.items()}
+        return fused.draws(self._guide.posterior())
 
     def sample_model(self) -> nn.Module:
         """Returns a standalone copy of the base with parameters sampled from the posterior.
@@ -259,13 +258,7 @@ class BayesianModel(LiftedModule):
         if prior_var is None:
             prior_var = self._prior_var
         check_prior_var(prior_var)
-        posterior = self._guide.posterior().values()
-        terms = [gaussian.kl_divergence(*q, prior_var=float(prior_var)) for q in posterior]
-        kl = terms[0]
-        for term in terms[1:]:
-            kl = kl + term.to(kl.device)
-        dtypes = {mean.dtype for mean, _ in posterior}
-        return kl.to(dtypes.pop()) if len(dtypes) == 1 else kl
+        return fused.kl_divergence(self._guide.posterior(), float(prior_var))
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.

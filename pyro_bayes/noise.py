@@ -33,10 +33,13 @@ class ContextNoise:
         self.batch_dim = batch_dim
         self.pinned: set[str] = set()
         """Names of parameters whose one draw stands for them from now on."""
+        self.handed: set[str] = set()
+        """Names of parameters of which some operator has had the one draw."""
         self.uses: dict[str, list[str]] | None = None
         """What became of each parameter by name, if somebody wants to know."""
         self._level = _level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
+        self._seen: dict[tuple[object, ...], list[Tensor]] = {}
 
     def fresh(self) -> ContextNoise:
         """Returns noise of the same kind for a context of its own."""
@@ -68,8 +71,7 @@ class ContextNoise:
         """
 
         def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-            halves = torch.empty(*shape, dtype=dtype, device=device).bernoulli_(0.5)
-            return halves.mul_(2).sub_(1)
+            return torch.randint(2, tuple(shape), dtype=dtype, device=device) * 2 - 1
 
         return self._rows(("signs", *source), count, (size,), like, sample)
 
@@ -91,11 +93,33 @@ class ContextNoise:
         if self.uses is not None and use not in self.uses.setdefault(name, []):
             self.uses[name].append(use)
 
+    def token(self, key: str, value: object) -> object:
+        """Returns what tells a value from others that a key met: itself, or its number.
+
+        Arguments:
+            key: What the value is used with.
+            value: A tensor, which is known by what it holds, or something with a representation.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if torch.compiler.is_compiling() or _level() > self._level:
+            return 0
+        seen = self._seen.setdefault((key, value.shape, value.dtype, value.device), [])
+        for number, known in enumerate(seen):
+            if known is value or torch.equal(known, value):
+                return number
+        seen.append(value.detach())
+        return len(seen) - 1
+
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Leaves inference mode, and the transforms that were entered within the context."""
+        """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():
+                if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+                    # Activation checkpointing counts what is saved, and would not see it again.
+                    hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
+                    stack.enter_context(hooks)
                 if torch.is_inference_mode_enabled():
                     stack.enter_context(torch.inference_mode(False))
                 for _ in range(_level() - self._level):
@@ -173,6 +197,10 @@ def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
     if local_trick == "flipout":
         return ContextNoise("flipout", batch_dim)
     return ContextNoise("local" if local_trick else "weights", batch_dim)
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
 
 
 def _level() -> int:

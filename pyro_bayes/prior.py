@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
@@ -12,7 +13,7 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
-from pyro_bayes import gaussian
+from pyro_bayes import fused
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.tree import plant
 
@@ -28,27 +29,50 @@ class GaussianSite:
 
     def __init__(self, shape: torch.Size, variance: float, like: str) -> None:
         self.shape, self.variance, self.like = shape, variance, like
+        self._priors: dict[Any, Prior] = {}
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
-        scale = module.get_buffer(self.like).new_full((), self.variance**0.5)
-        normal = dist.Normal(torch.zeros_like(scale), scale).expand(self.shape)
-        return Prior(normal, len(self.shape))
+        like = module.get_buffer(self.like)
+        kind = (like.dtype, like.device)
+        if kind not in self._priors:
+            self._priors[kind] = Prior(self.shape, self.variance, like)
+        return self._priors[kind]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), _priors={})
 
 
 class Prior(dist.Independent):
-    r"""A distribution of one parameter, which has an expected log-density, too.
+    r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2 I)` of one parameter.
 
-    The log-density of a :class:`~pyro_bayes.gaussian_tensor.GaussianTensor`, the posterior
+    Its log-density of a :class:`~pyro_bayes.gaussian_tensor.GaussianTensor`, which is the posterior
     :math:`q` itself instead of a draw from it, is :math:`-D_{KL}(q \| p)`, in closed form.
+
+    Arguments:
+        shape: The shape of the parameter.
+        variance: The variance :math:`\sigma_p^2`.
+        like: A tensor of the dtype and device.
     """
 
+    def __init__(self, shape: torch.Size, variance: float, like: Tensor) -> None:
+        self._variance = variance
+        scale = like.new_full((), variance**0.5)
+        normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
+        super().__init__(normal.expand(shape), len(shape), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Prior:
+        new = type(self).__new__(type(self))
+        new._variance = self._variance
+        return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
+
     def log_prob(self, value: Any) -> Tensor:
-        if not isinstance(value, GaussianTensor):
-            return super().log_prob(value)  # type: ignore[no-any-return]
-        scale = self.base_dist.scale
-        variance = scale[(0,) * scale.dim()].square()
-        kl = gaussian.kl_divergence(*value.posterior, prior_var=variance)
-        return -kl.expand(self.batch_shape)
+        if isinstance(value, GaussianTensor):
+            kl = fused.kl_divergence({"": value.posterior}, self._variance)
+            return -kl.expand(self.batch_shape)
+        dims = tuple(range(-len(self.event_shape), 0))
+        squares: Tensor = value.square().sum(dims) if dims else value.square()
+        constant = self.event_shape.numel() * math.log(2 * math.pi * self._variance)
+        return -0.5 * (squares / self._variance + constant)
 
 
 class GaussianPrior(PyroModule):

@@ -27,15 +27,27 @@ class Weighted(nn.Module):
 class Attention(nn.MultiheadAttention):
     """Attends from the input to itself, or to its reverse."""
 
-    def __init__(self, *args, cross=False, options=None, **kwargs):
+    def __init__(self, *args, cross=False, masks=None, options=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cross, self.options = cross, options or {}
+        self.cross, self.masks, self.options = cross, masks, options or {}
 
     def forward(self, x):
         key = x.flip(1) if self.cross else x
         value = key[..., : self.vdim] if self.vdim != self.embed_dim else key
         key = key[..., : self.kdim] if self.kdim != self.embed_dim else key
-        output, shares = super().forward(x, key, value, **{"need_weights": False} | self.options)
+        options = {"need_weights": False} | self.options
+        if self.masks is not None:
+            options["key_padding_mask"] = torch.zeros(x.shape[:2], dtype=torch.bool)
+            options["key_padding_mask"][:, -1] = True
+            options["attn_mask"] = _causal(x)
+            if self.masks == "heads":
+                options["attn_mask"] = options["attn_mask"].expand(len(x) * self.num_heads, -1, -1)
+            if self.masks == "boolean":
+                options["attn_mask"] = options["attn_mask"] < 0
+            else:
+                padding = options["key_padding_mask"]
+                options["key_padding_mask"] = padding.to(x.dtype) * -1e9
+        output, shares = super().forward(x, key, value, **options)
         return output if shares is None else (output, shares)
 
 
@@ -172,6 +184,10 @@ ATTENTIONS = {
     "separate": {"cross": True, "kdim": 3, "vdim": 2},
     "weights": {"options": {"need_weights": True}},
     "weights of heads": {"options": {"need_weights": True, "average_attn_weights": False}},
+    "masks": {"masks": "positions"},
+    "masks of heads": {"masks": "heads", "options": {"need_weights": True}},
+    "boolean masks": {"masks": "boolean", "cross": True},
+    "key bias and masks": {"masks": "heads", "add_bias_kv": True, "add_zero_attn": True},
     "key bias": {"add_bias_kv": True, "add_zero_attn": True},
     "without bias": {"bias": False},
 }

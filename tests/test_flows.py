@@ -12,7 +12,8 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_bayes import BayesianModel
+from pyro_bayes import BayesianModel, gaussian
+from pyro_bayes.gaussian_tensor import drawn
 
 FLOWS = {
     "NSF": lambda: zuko.flows.NSF(2, 3, transforms=2, hidden_features=(16,)),
@@ -193,20 +194,42 @@ CONTINUOUS = {
 @pytest.mark.parametrize("flow", CONTINUOUS.values(), ids=CONTINUOUS)
 def test_flows_with_autograd_inside_use_one_draw(flow, data, local_trick):
     """Their parameters go through an autograd function, which must see the draw's gradient."""
-    base, (x, c) = flow(), data
+    base, (x, c) = flow().double(), (t.double() for t in data)
     rows = BayesianModel(base).summary(lambda f: f(c).log_prob(x), local_trick=local_trick).rows
     inside = [row.parameter for row in rows if row.noise.startswith("one draw")]
     bnn = BayesianModel(base, init_logvar=-4.0, include_params=inside)
     trained = list(bnn.guide.parameters())
 
-    def gradients(estimator, call):
-        torch.manual_seed(4)
-        with bnn.reparameterize(estimator) as model:
-            value = call(model(c))
-            return value.detach(), *torch.autograd.grad(value, trained)
+    def gradients(value):
+        return value.detach(), *torch.autograd.grad(value, trained)
 
-    density = gradients(local_trick, lambda q: q.log_prob(x).mean())
-    expected = gradients(False, lambda q: q.log_prob(x).mean())
+    with bnn.reparameterize(local_trick) as model:
+        draws = {name: drawn(p) for name, p in model.named_parameters() if name in inside}
+        density = gradients(model(c).log_prob(x).mean())
+    with bnn.reparameterize(local_trick) as model:
+        sample = gradients(model(c).rsample().square().mean())
+    posterior = bnn.guide.posterior()
+    draws = {n: gaussian.draw(*q, noise_of(draws[n], *q)) for n, q in posterior.items()}
+    with bnn._hold(draws) as model:
+        expected = gradients(model(c).log_prob(x).mean())
     torch.testing.assert_close(density, expected, rtol=1e-4, atol=1e-5)
-    sample = gradients(local_trick, lambda q: q.rsample().square().mean())
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in sample)
+
+
+def noise_of(draw, mean, logvar):
+    return ((draw - mean) / (0.5 * logvar).exp()).detach()
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_densities_are_those_of_the_transformation_without_gradients_too(local_trick):
+    """The quadrature inside must meet one integrand, also when nothing is differentiated."""
+    bnn = BayesianModel(zuko.flows.UNAF(1, 3, transforms=1, hidden_features=(8,)), init_logvar=-4.0)
+    bnn.double()
+    x, c = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    with torch.no_grad(), bnn.reparameterize(local_trick) as flow:
+        transform = flow(c).transform
+        step = 1e-4
+        slope = (transform(x + step) - transform(x - step)).squeeze(-1) / (2 * step)
+        torch.testing.assert_close(
+            transform.log_abs_det_jacobian(x, transform(x)), slope.log(), rtol=1e-3, atol=1e-3
+        )

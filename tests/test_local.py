@@ -1,11 +1,15 @@
 """Local noise: rules by operator, against closed forms and draws of weights."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rule_cases import Weighted
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from pyro_bayes import BayesianModel
 from pyro_bayes.gaussian_tensor import GaussianTensor, mean_of, variance_of
@@ -98,6 +102,14 @@ def test_draw_of_a_product_is_the_product_of_the_draw():
     torch.testing.assert_close(variance_of(product), 4 * mask**2 * variance_of(gaussian))
 
 
+def test_draw_of_a_sum_is_the_sum_of_the_draw():
+    noise = ContextNoise("local")
+    gaussian = GaussianTensor.of(torch.randn(3, 2), torch.zeros(3, 2), "w", noise)
+    shifted = 2 - gaussian
+    assert isinstance(shifted, GaussianTensor)
+    torch.testing.assert_close(shifted.exp(), (2.0 - gaussian.exp().log()).exp())
+
+
 def test_activation_times_parameter_is_an_output():
     gaussian = GaussianTensor.of(torch.randn(2), torch.zeros(2), "w", ContextNoise("local"))
     product = torch.randn(5, 2) * gaussian
@@ -108,11 +120,11 @@ def test_draw_made_without_gradients_gains_them_later():
     mean = torch.randn(3, requires_grad=True)
     gaussian = GaussianTensor.of(mean, torch.zeros(3), "w", ContextNoise("local"))
     with torch.no_grad():
-        before = gaussian + 0
-    after = gaussian + 0
+        before = gaussian.exp()
+    after = gaussian.exp()
     assert torch.equal(before, after)
     after.sum().backward()
-    assert torch.equal(mean.grad, torch.ones(3))
+    torch.testing.assert_close(mean.grad, after.detach())
 
 
 def test_shape_and_type_are_read_without_a_draw():
@@ -154,3 +166,124 @@ def test_model_copies_inside_a_context(net):
     with bnn.reparameterize(local_trick=True):
         sampled = bnn.sample_model()
     copy.deepcopy(sampled)
+
+
+def weights(function, *shapes, init_logvar=-1.0):
+    """A module that calls a function of the input and its parameters."""
+    return BayesianModel(Weighted(function, *shapes), init_logvar=init_logvar)
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_weights_made_of_their_own_draw_are_one_draw(local_trick):
+    """Statistics of a draw must belong to the draw that they are used with."""
+
+    def standardised(x, w):
+        w = w - w.mean(1, keepdim=True)
+        return F.linear(x, w / w.std(1, keepdim=True))
+
+    def straight_through(x, w):
+        return F.linear(x, w + (w.sign() - w).detach())
+
+    with weights(standardised, (3, 27)).reparameterize(local_trick) as model:
+        torch.testing.assert_close(model(torch.ones(2, 27)), torch.zeros(2, 3), atol=1e-4, rtol=0)
+    with weights(straight_through, (3, 1)).reparameterize(local_trick) as model:
+        torch.testing.assert_close(model(torch.ones(2, 1)).abs(), torch.ones(2, 3))
+    norm = parametrizations.spectral_norm(nn.Linear(1, 3))
+    with BayesianModel(norm, init_logvar=-3.0).reparameterize(local_trick) as model:
+        output = model(torch.ones(2, 1)) - model(torch.zeros(2, 1))
+    torch.testing.assert_close(output.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_changes_in_place_are_kept(local_trick):
+    def zeroed(x, w):
+        w = w.clone()
+        w[:, 0] = 0
+        return F.linear(x, w.mul_(2))
+
+    with weights(zeroed, (3, 4)).reparameterize(local_trick) as model:
+        assert not model(torch.eye(4))[0].any()
+        assert torch.equal(model(torch.eye(4)), model(torch.eye(4)))
+
+    def clamped(x, w):
+        with torch.no_grad():
+            w.clamp_(-0.1, 0.1)
+        return F.linear(x, w)
+
+    with weights(clamped, (3, 4)).reparameterize(local_trick) as model:
+        assert model(torch.eye(4)).abs().max() <= 0.1
+
+
+def test_parts_of_a_parameter_have_noise_of_their_own():
+    mask = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    parts = {
+        "indices": lambda x, w: (
+            F.linear(x, w[torch.tensor([0])]),
+            F.linear(x, w[torch.tensor([1])]),
+        ),
+        "masks": lambda x, w: (F.linear(x, w * mask), F.linear(x, w * (1 - mask))),
+    }
+    for function in parts.values():
+        with weights(function, (2, 2)).reparameterize(local_trick=True) as model:
+            first, second = model(torch.ones(500, 2))
+            again = model(torch.ones(500, 2))
+        assert torch.equal(again[0], first)
+        assert torch.equal(again[1], second)
+        assert torch.stack((first[:, 0], second[:, 0])).corrcoef()[0, 1].abs() < 4.5 / 500**0.5
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 300), nn.Linear(2, 300), nn.LayerNorm(300)])
+def test_half_precision_keeps_small_deviations(layer):
+    bnn = BayesianModel(layer.half(), init_logvar=-12.0)
+    x = torch.arange(5) if isinstance(layer, nn.Embedding) else torch.zeros(50, 2).half()
+    x = torch.zeros(50, 300).half() if isinstance(layer, nn.LayerNorm) else x
+    with torch.no_grad():
+        bnn.base.weight.zero_()
+        with bnn.reparameterize(local_trick=True) as model:
+            deviation = (model(x) - bnn.means.bias if hasattr(layer, "bias") else model(x)).std()
+    assert deviation.item() == pytest.approx(math.exp(-6), rel=0.1)
+
+
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+def test_activation_checkpointing_inside_a_context(local_trick):
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.LSTM(8, 4))
+    bnn, x = BayesianModel(net, init_logvar=-2.0), torch.randn(6, 3)
+    grads = []
+    for call in (lambda m: m(x), lambda m: checkpoint(m, x, use_reentrant=False)):
+        torch.manual_seed(0)
+        with bnn.reparameterize(local_trick) as model:
+            loss = call(model)[0].square().sum()
+            grads.append(torch.autograd.grad(loss, list(bnn.guide.parameters())))
+    torch.testing.assert_close(*grads)
+
+
+def test_deviations_train_when_means_are_frozen():
+    bnn = BayesianModel(nn.Linear(3, 1))
+    bnn.means.requires_grad_(False)
+    with bnn.reparameterize(local_trick=True) as model:
+        with torch.no_grad():
+            model(torch.ones(2, 3))
+        model(torch.ones(2, 3)).sum().backward()
+    assert all(p.grad is not None for p in bnn.logvars.parameters())
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_ordinary_calls_that_once_failed(local_trick):
+    calls = {
+        "ids": (nn.Embedding(5, 3), torch.tensor([1, 2])),
+        "no ids": (nn.Embedding(5, 3), torch.empty(0, 4, dtype=torch.long)),
+        "merged": (Weighted(lambda x, w: F.linear(x, w.view(3, -1)), (3, 2, 2)), torch.ones(2, 4)),
+        "vector": (Weighted(lambda x, w: F.linear(x, w), (4,)), torch.ones(2, 4)),
+        "keywords": (
+            Weighted(lambda x, w: torch.mm(x, mat2=torch.t(input=w)), (3, 4)),
+            torch.ones(2, 4),
+        ),
+        "sparse": (
+            Weighted(lambda x, w: x.to_sparse_coo() @ w, (4, 3)),
+            torch.ones(2, 4),
+        ),
+    }
+    for module, x in calls.values():
+        bnn = BayesianModel(module)
+        with bnn.reparameterize(local_trick) as model:
+            assert model(x).shape == bnn.base(x).shape

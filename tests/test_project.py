@@ -94,6 +94,7 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     assert callable(torch.Tensor._make_wrapper_subclass)  # gaussian_tensor
     with torch._C.DisableTorchFunctionSubclass():  # gaussian_tensor
         pass
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
 
     def popped(x):

@@ -17,7 +17,7 @@ def _mul(input: Any, other: Any) -> Any:
     if not _is_constant(factor):
         return NotImplemented
     if _keeps_shape(gaussian, factor):
-        return gaussian.times(factor)
+        return NotImplemented if _may_depend(factor, gaussian) else gaussian.times(factor)
     example = _outer_example(gaussian, factor)
     if example is NotImplemented:
         return NotImplemented
@@ -39,7 +39,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     if not _is_constant(term):
         return NotImplemented
     if _keeps_shape(gaussian, term):
-        return gaussian.plus(term)
+        return NotImplemented if _may_depend(term, gaussian) else gaussian.plus(term)
     example = _outer_example(gaussian, term)
     if example is NotImplemented:
         return NotImplemented
@@ -71,6 +71,11 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
 def _is_constant(value: Any) -> bool:
     deterministic = isinstance(value, (Tensor, int, float))
     return deterministic and not isinstance(value, GaussianTensor)
+
+
+def _may_depend(value: Tensor | float, gaussian: GaussianTensor) -> bool:
+    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is."""
+    return isinstance(value, Tensor) and gaussian.parameter in gaussian.noise.handed
 
 
 def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:

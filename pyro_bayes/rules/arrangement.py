@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from pyro_bayes.gaussian_tensor import RULES, Axis, GaussianTensor, mean_of
 
@@ -30,11 +30,15 @@ _ARRANGEMENTS: tuple[Callable[..., Any], ...] = (
 )
 
 
-def _arranged(operator: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
+def _arranged(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    value, *rest = args or (kwargs.pop("input", None),)
     if not isinstance(value, GaussianTensor):
         return NotImplemented
-    args, kwargs = tuple(map(mean_of, args)), {k: mean_of(v) for k, v in kwargs.items()}
-    key = f"{operator.__name__}{_described(enumerate(args))}{_described(kwargs.items())}"
+    args, kwargs = tuple(map(mean_of, rest)), {k: mean_of(v) for k, v in kwargs.items()}
+    indexed = operator in (Tensor.__getitem__, torch.index_select, Tensor.index_select)
+    token = partial(value.noise.token, value.key) if indexed else _shape
+    described = (f"({k}={tree_map(token, v)})" for k, v in (*enumerate(args), *kwargs.items()))
+    key = operator.__name__ + "".join(described)
 
     def apply(x: Tensor) -> Any:
         return operator(x, *args, **kwargs)
@@ -67,7 +71,10 @@ def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str
             continue
         shape = [-1 if d == dim else 1 for d in range(value.dim())]
         index = torch.arange(value.shape[dim], device=value.device).view(shape)
-        moved = operator(index.expand(value.shape))
+        try:
+            moved = operator(index.expand(value.shape))
+        except RuntimeError:  # a view that needs memory of its own
+            moved = operator(index.expand(value.shape).contiguous())
         varies = [d for d, size in enumerate(moved.shape) if size > 1 and moved.stride(d)]
         if len(varies) > 1:  # a copy takes memory along all dimensions
             varies = [d for d in varies if (moved != moved.narrow(d, 0, 1)).any()]
@@ -84,9 +91,5 @@ def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str
     return value.through(operator, key, tuple(after))
 
 
-def _described(items: Iterable[tuple[Any, Any]]) -> str:
-    return "".join(f"({k}={tree_map_only(Tensor, _shape, v)})" for k, v in items)
-
-
-def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape)
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value

@@ -20,6 +20,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
     """A linear layer whose input has a given dimension that counts examples, or none."""
+    if weight.dim() < 2:
+        return NotImplemented
     return affine(
         "linear", F.linear, (input,), weight, bias, example=example, into={1: (0, -1)}, out={0: -1}
     )
@@ -41,7 +43,10 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
 
 
 @rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
-def _matmul(input: Any, other: Any) -> Any:
+def _matmul(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None) -> Any:
+    other = mat2 if other is None else other
+    if out is not None:
+        return NotImplemented
     if isinstance(input, GaussianTensor) and isinstance(other, GaussianTensor):
         return NotImplemented
     if isinstance(other, GaussianTensor):

@@ -31,13 +31,14 @@ def _embedding(
 
     def change() -> Tensor:
         found = F.embedding(input, change_of(weight), *options)
-        indices = input.reshape(1, -1) if example is None else input.movedim(example, 0).flatten(1)
-        count = 1 if example is None else len(indices)
+        count = 1 if example is None else input.shape[example]
+        each = input.numel() // max(count, 1)
+        indices = (input if example is None else input.movedim(example, 0)).reshape(count, each)
         rows, columns = weight.signs(0, count), weight.signs(1, count)
         turned = found if example is None else found.movedim(example, 0)
-        signed = turned.reshape(count, -1, found.shape[-1])
+        signed = turned.reshape(count, each, found.shape[-1])
         if rows is not None:
-            signed = signed * rows.gather(1, indices.reshape(count, -1)).unsqueeze(-1)
+            signed = signed * rows.gather(1, indices).unsqueeze(-1)
         if columns is not None:
             signed = signed * columns.unsqueeze(1)
         signed = signed.view(turned.shape)
