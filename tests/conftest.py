@@ -6,6 +6,15 @@ from torch import nn
 from pyro_bayes.gaussian_tensor import RULES
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Keeps the threads of small operations from waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Starts each test with its own seed, an empty param store and the registry as it is."""

@@ -81,15 +81,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Computes in one thread, in which small nets run fastest."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(make, load, loss, seed, local_trick, steps=120, batch=128):
     """Returns a trained model and its data; networks, data and batches depend on the seed alone."""
     torch.manual_seed(seed)
