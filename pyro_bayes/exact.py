@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import Any
 
 import pyro
@@ -51,6 +52,8 @@ class ExactKL:
         with distinct_sites():
             posterior = {site: self._guide.statements(site) for site in self._guide.sites}
             draws = fused.draws(posterior) if noise.estimator == "weights" else {}
+            named = {self._guide.sites[site]: q for site, q in posterior.items()}
+            noise.divergences = lru_cache(partial(fused.kl_divergences, named))
             for site, name in self._guide.sites.items():
                 value = GaussianTensor.of(*posterior[site], name, noise, draws.get(site))
                 values[site] = pyro.sample(site, Posterior(*posterior[site], value))

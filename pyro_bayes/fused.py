@@ -10,7 +10,7 @@ rest on them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,18 +65,30 @@ def kl_divergence(posterior: Posterior, prior_var: float) -> Tensor:
         >>> kl_divergence({"w": (torch.ones(3), torch.zeros(3))}, prior_var=0.5)
         tensor(3.4603)
     """
-    total: Any = None
+    terms = [term.sum() for _, term in _divergences(posterior, prior_var)]
+    total = torch.stack([term.to(terms[0]) for term in terms]).sum()
+    dtypes = {mean.dtype for mean, _ in posterior.values()}
+    kl: Tensor = total.to(dtypes.pop()) if len(dtypes) == 1 else total
+    return kl
+
+
+def kl_divergences(posterior: Posterior, prior_var: float) -> dict[str, Tensor]:
+    r"""Returns :math:`D_{KL}(q \| p)` of each parameter by name, see :func:`kl_divergence`."""
+    found: dict[str, Tensor] = {}
+    for names, terms in _divergences(posterior, prior_var):
+        found.update(zip(names, terms.unbind(), strict=True))
+    return found
+
+
+def _divergences(posterior: Posterior, prior_var: float) -> Iterator[tuple[list[str], Tensor]]:
+    """The names of each group of parameters with a vector of their divergences."""
     for names in _groups(posterior):
         means, logvars = zip(*(posterior[name] for name in names), strict=True)
         if _by_formula() or means[0].dtype.itemsize < 4:
             terms = [gaussian.kl_divergence(*posterior[name], prior_var) for name in names]
-            term = torch.stack(terms).sum()
+            yield names, torch.stack(terms)
         else:
-            term = _Divergence.apply(prior_var, *means, *logvars)
-        total = term if total is None else total + term.to(total.device)
-    dtypes = {mean.dtype for mean, _ in posterior.values()}
-    kl: Tensor = total.to(dtypes.pop()) if len(dtypes) == 1 else total
-    return kl
+            yield names, _Divergences.apply(prior_var, *means, *logvars)
 
 
 def _by_formula() -> bool:
@@ -131,8 +143,8 @@ class _Draws(torch.autograd.Function):
         return *[None] * count, *grads, *of_logvars
 
 
-class _Divergence(torch.autograd.Function):
-    """The divergence of several parameters; its inputs are σ²_p, and μ and log σ² of each."""
+class _Divergences(torch.autograd.Function):
+    """The divergences of several parameters; its inputs are σ²_p, and μ and log σ² of each."""
 
     @staticmethod
     def forward(ctx: Any, prior_var: float, *parameters: Tensor) -> Tensor:
@@ -144,7 +156,7 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(*parameters, *excesses)
         variances = torch.stack([term.sum() for term in torch._foreach_sub(excesses, ratios)])
         squares = torch.stack(torch._foreach_norm(means)).square()
-        return 0.5 * (variances.sum() + squares.sum() / prior_var)
+        return 0.5 * (variances + squares / prior_var)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
@@ -152,9 +164,11 @@ class _Divergence(torch.autograd.Function):
         means, logvars, excesses = (
             ctx.saved_tensors[i * count : (i + 1) * count] for i in range(3)
         )
+        grads = (0.5 * grad).unbind()
         if torch.is_grad_enabled():
-            shift = math.log(ctx.prior_var)
-            of_means = [grad / ctx.prior_var * mean for mean in means]
-            return None, *of_means, *[0.5 * grad * (v - shift).expm1() for v in logvars]
-        scaled = torch._foreach_mul(means, grad / ctx.prior_var)
-        return None, *scaled, *torch._foreach_mul(excesses, 0.5 * grad)
+            shift, factor = math.log(ctx.prior_var), 2 / ctx.prior_var
+            of_means = [factor * g * mean for g, mean in zip(grads, means, strict=True)]
+            of_logvars = [g * (v - shift).expm1() for g, v in zip(grads, logvars, strict=True)]
+            return None, *of_means, *of_logvars
+        scaled = torch._foreach_mul(means, (grad / ctx.prior_var).unbind())
+        return None, *scaled, *torch._foreach_mul(excesses, grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, TypeAlias
 
@@ -39,6 +39,8 @@ class ContextNoise:
         """What became of each parameter by name, if somebody wants to know."""
         self._level = _level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
+        self.divergences: Callable[[float], Mapping[str, Tensor]] | None = None
+        """Returns the divergences of all parameters for a prior variance, if it is given."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}
 
     def fresh(self) -> ContextNoise:

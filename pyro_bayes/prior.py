@@ -67,7 +67,11 @@ class Prior(dist.Independent):
 
     def log_prob(self, value: Any) -> Tensor:
         if isinstance(value, GaussianTensor):
-            kl = fused.kl_divergence({"": value.posterior}, self._variance)
+            divergences = value.noise.divergences
+            if divergences is None:
+                kl = fused.kl_divergence({"": value.posterior}, self._variance)
+            else:
+                kl = divergences(self._variance)[value.parameter]
             return -kl.expand(self.batch_shape)
         dims = tuple(range(-len(self.event_shape), 0))
         squares: Tensor = value.square().sum(dims) if dims else value.square()
