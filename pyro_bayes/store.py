@@ -134,8 +134,12 @@ def statement(name: str, parameter: nn.Parameter) -> Tensor:
     # would keep the user's module from being pickled.
     alias = parameter.view_as(parameter)
     alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-    param = effectful(lambda name, value, **_: value, type="param")
-    value: Tensor = param(name, alias, constraint=constraints.real, event_dim=None, name=name)
+    value: Tensor = _param(name, alias, constraint=constraints.real, event_dim=None, name=name)
+    return value
+
+
+@partial(effectful, type="param")
+def _param(name: str, value: Tensor, **_: Any) -> Tensor:
     return value
 
 
