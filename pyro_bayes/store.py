@@ -138,9 +138,7 @@ def statement(name: str, parameter: nn.Parameter) -> Tensor:
     return value
 
 
-@partial(effectful, type="param")
-def _param(name: str, value: Tensor, **_: Any) -> Tensor:
-    return value
+_param = effectful(lambda name, value, **_: value, type="param")
 
 
 def allow_module_local(module: PyroModule) -> None:

@@ -1,0 +1,399 @@
+"""Predictions: statistics of what a base computes, over draws of its weights."""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from pyro_bayes.tied import TiedModule
+
+Function: TypeAlias = Callable[..., Any]
+Result: TypeAlias = dict[Any, Tensor]  # the statistics of one tensor, by name or by level
+
+_STATISTICS = ("mean", "variance", "samples")
+_KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
+_BLOCK = 16_000_000  # torch.quantile takes no more elements at once
+_DELAY = 3.0  # seconds until the progress bar appears
+
+_quiet = threading.RLock()  # validation and filters of warnings are settings of the whole process
+_noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    r"""Statistics of an output over :math:`S` draws of the weights.
+
+    Each has the structure of the output: a tensor, or tuples, lists or dictionaries of tensors.
+    What was not asked for is `None`.
+
+    Arguments:
+        mean: The mean over draws.
+        variance: The unbiased variance over draws. It is epistemic: what the data left open about
+            the network. The noise of the likelihood comes on top.
+        quantiles: The quantiles over draws by level.
+        samples: The outputs of all draws, each tensor of shape :math:`(S, *)`.
+        num_samples: The number :math:`S` of draws.
+    """
+
+    mean: Any
+    variance: Any
+    quantiles: Mapping[float, Any]
+    samples: Any
+    num_samples: int
+
+    @property
+    def standard_error(self) -> Any:
+        r"""The Monte Carlo standard error of the mean, :math:`\sqrt{\text{variance} / S}`."""
+        return tree_map_only(Tensor, lambda v: (v / self.num_samples).sqrt(), self.variance)
+
+
+def predict(
+    model: TiedModule,
+    x: Any,
+    num_samples: int,
+    statistics: str | Sequence[str],
+    quantiles: float | Sequence[float],
+    function: Function | None,
+    chunk_size: int | None,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> Prediction:
+    """Computes what :meth:`pyro_bayes.BayesianModel.predict` describes."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    levels = tuple(quantiles) if isinstance(quantiles, Iterable) else (quantiles,)
+    _check(num_samples, names, levels, function, chunk_size, generator)
+    device = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    call = _evaluation(x, function)
+    tally = partial(_Tally, total=num_samples, keys=(*names, *levels))
+    total = num_samples * (1 if call else operator.length_hint(x)) or None
+    bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
+    with model._lock(), torch.no_grad(), bar:
+        run = _Run(model, _Draws(model, num_samples, seed), tally, chunk_size)
+        run.bar = bar if progress else None
+        results = run(call) if call else _joined(list(map(run, _batches(x, function))))
+    fields = {key: run.rebuild([r[key] for r in results]) for key in results[0]}
+    mean, variance, samples = (fields.get(name) for name in _STATISTICS)
+    return Prediction(mean, variance, {q: fields[q] for q in levels}, samples, num_samples)
+
+
+def _evaluation(x: Any, function: Function | None) -> Function | None:
+    """Returns what to evaluate, a function of the base, or `None` if `x` is a run of batches."""
+    call = function or (lambda base, *args, **kwargs: base(*args, **kwargs))
+    if type(x) is tuple:
+        return lambda base: call(base, *x)
+    if isinstance(x, (Tensor, tuple)):  # a named tuple, as a packed sequence, is one argument
+        return lambda base: call(base, x)
+    if isinstance(x, Mapping):
+        return lambda base: call(base, **x)
+    if isinstance(x, nn.Module) or not (isinstance(x, Iterable) or (callable(x) and not function)):
+        raise TypeError(
+            "Expected x to be a tensor, a tuple or a dictionary of arguments, an iterable of"
+            " batches, or, without another function, a function of the base; got"
+            f" {type(x).__name__}. Put any other argument in a tuple: predict((argument,))."
+        )
+    return x if callable(x) else None
+
+
+def _batches(x: Iterable[Any], function: Function | None) -> Iterator[Function]:
+    for batch in x:
+        parts = tuple(batch) if type(batch) is list else batch
+        if function is None and (isinstance(parts, Mapping) or type(parts) is tuple):
+            if isinstance(parts, Mapping) or len(parts) not in (1, 2):
+                raise ValueError(
+                    "Expected batches to be x or pairs (x, y), of which y is left out; got a"
+                    f" {type(batch).__name__} of {len(batch)}. Say what is what with function:"
+                    " predict(batches, function=lambda net, a, b, y: net(a, b))."
+                )
+            parts = parts[:1]
+        call = _evaluation(parts, function)
+        if call is None:
+            raise TypeError(f"Expected batches of tensors; got one of {type(batch).__name__}.")
+        yield call
+
+
+def _check_output(leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | None) or (leaf is not None and leaf.is_complex()):
+            raise TypeError(
+                "Expected outputs that are tensors of real numbers, nested or not; got"
+                f" {leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__}. Say what to"
+                " compute of it with function, as of a distribution in"
+                " predict(c, function=lambda flow, c: flow(c).log_prob(y))."
+            )
+    if all(leaf is None for leaf in leaves):
+        raise TypeError("Expected outputs with tensors in them; got none.")
+
+
+class _Run:
+    """Evaluates functions of a base with the same draws, and returns statistics of each tensor."""
+
+    bar: Any = None
+
+    def __init__(self, model: TiedModule, draws: _Draws, tally: Function, size: int | None) -> None:
+        self._model, self._base, self._draws = model, model._base, draws
+        self._tally, self._chunk_size, self._failed = tally, size, False
+        self._buffers = [
+            (module, key, buffer, buffer.clone())
+            for module in self._base.modules()
+            for key, buffer in module.named_buffers(recurse=False)
+            if 0 not in buffer.stride()  # what is expanded cannot be written to
+        ]
+        self._structure: Any = None
+
+    def __call__(self, call: Function) -> list[Result]:
+        tallies: list[_Tally] = []
+        for outputs in self._outputs(call):
+            tallies = tallies or [self._tally(output[0]) for output in outputs]
+            for tally, values in zip(tallies, outputs, strict=True):
+                tally.add(values)
+            if self.bar is not None:
+                self.bar.update(len(outputs[0]))
+        return [tally.result() for tally in tallies]
+
+    def _outputs(self, call: Function) -> Iterator[tuple[Tensor, ...]]:
+        # A plain call comes first: it shows what outputs are, and what they cost.
+        draws, total = self._draws(0, 1), self._draws.total
+        with _Calls() if self._chunk_size is None and total > 4 else nullcontext() as calls:
+            first = next(self._loop(call, draws))
+        if calls is not None:
+            self._chunk_size = calls.cost.chunk_size(self._draws.size, total - 1, self._base)
+        yield first
+        step = self._chunk_size or 1
+        for start in range(1, total, step):
+            draws = self._draws(start, min(step, total - start))
+            batched = self._batched(call, draws) if step > 1 and not self._failed else None
+            yield from self._loop(call, draws) if batched is None else [batched]
+
+    def _loop(self, call: Function, draws: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        for values in zip(*(draw.unbind() for draw in draws.values()), strict=True):
+            outputs = self._evaluate(call, dict(zip(draws, values, strict=True)))
+            yield tuple(output.unsqueeze(0) for output in outputs)
+
+    def rebuild(self, tensors: Iterable[Tensor]) -> Any:
+        rest, (spec, places) = iter(tensors), self._structure
+        return tree_unflatten([next(rest) if place else None for place in places], spec)
+
+    def _evaluate(self, call: Function, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        try:
+            with self._model._hold(values) as base:
+                leaves, spec = tree_flatten(call(base))
+            found = spec, [isinstance(leaf, Tensor) for leaf in leaves]
+            if self._structure is None:
+                _check_output(leaves)
+                self._structure = found
+            if found != self._structure:
+                raise ValueError(f"Expected outputs alike for all draws; got {spec} and others.")
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        finally:
+            for module, key, buffer, value in self._buffers:
+                if getattr(module, key, None) is not buffer:
+                    setattr(module, key, buffer)
+                buffer.copy_(value)
+
+    def _batched(self, call: Function, draws: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+        # Checks of distributions branch on data; operators without a batching rule would be loops.
+        try:
+            with _quiet, pyro.validation_enabled(False), warnings.catch_warnings():
+                warnings.filterwarnings("error", message="There is a performance drop because")
+                batched = torch.vmap(partial(self._evaluate, call), randomness="different")
+                return tuple(batched(draws))
+        except Exception as error:  # what is not vmap's comes again from the loop
+            self._failed = True
+            if self._base not in _noted:
+                _noted.add(self._base)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(
+                    "Expected a base that torch.vmap can batch over draws; got"
+                    f" {type(self._base).__name__}, which failed ({reason}). It is called once per"
+                    " draw, as by chunk_size=1, with the same results in the time of a loop.",
+                    stacklevel=6,
+                )
+            return None
+
+
+class _Draws:
+    """Draws of the weights, the same whenever one begins with the first, and in any chunks.
+
+    Chunks use the same memory, unless all draws are few enough to be kept.
+    """
+
+    def __init__(self, model: TiedModule, total: int, seed: int) -> None:
+        posterior = model._guide.posterior()
+        self.total, self._seed = total, seed
+        self._shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
+        kinds: dict[Any, list[str]] = {}
+        for name, (mean, _) in posterior.items():
+            kinds.setdefault((mean.dtype, mean.device), []).append(name)
+        self._groups: list[tuple[list[str], Tensor, Tensor]] = []
+        for names in kinds.values():
+            means = torch.cat([posterior[name][0].reshape(-1) for name in names])
+            logvars = torch.cat([posterior[name][1].reshape(-1) for name in names])
+            self._groups.append((names, means, logvars.mul_(0.5).exp_()))
+        self._buffers = [means.new_empty(0, len(means)) for _, means, _ in self._groups]
+        self._generators = [torch.Generator(means.device) for _, means, _ in self._groups]
+        self.size = sum(len(means) for _, means, _ in self._groups)
+        self._keeps = total * self.size <= _KEPT
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, start: int, count: int) -> dict[str, Tensor]:
+        """Returns draws of shape `(count, *)` by name: the first ones, or those that come next."""
+        if start in self._kept:
+            return self._kept[start]
+        if start == 0:
+            for i, generator in enumerate(self._generators):
+                generator.manual_seed(self._seed - i)
+        draws = {}
+        for i, (names, means, scales) in enumerate(self._groups):
+            if self._keeps or len(self._buffers[i]) < count:
+                self._buffers[i] = means.new_empty(count, len(means))
+            buffer = self._buffers[i][:count]
+            for row in buffer.unbind():
+                row.normal_(generator=self._generators[i])
+            torch.addcmul(means, scales, buffer, out=buffer)
+            parts = buffer.split([self._shapes[name].numel() for name in names], dim=1)
+            for name, part in zip(names, parts, strict=True):
+                draws[name] = part.view(count, *self._shapes[name])
+        if self._keeps:
+            self._kept[start] = draws
+        return draws
+
+
+class _Cost(TorchDispatchMode):
+    """Counts the operators of an evaluation, and the elements that they compute."""
+
+    supports_higher_order_operators = True
+    _elements = _operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **kwargs or {})
+        if isinstance(output, Tensor) and not getattr(func, "is_view", False):
+            self._elements += output.numel()
+            self._operators += 1
+        return output
+
+    def chunk_size(self, size: int, count: int, base: nn.Module) -> int:
+        """Returns how many of `count` draws of `size` elements to evaluate at once, 1 for a loop.
+
+        Batching saves overhead, and loses the cache. On a CPU, it paid for operators of up to
+        16000 elements, and most with half a million in all draws together.
+        """
+        cpu = all(p.device.type == "cpu" for p in base.parameters())
+        limit, best, most = (2**14, 2**19, 2**24) if cpu else (2**20, 2**24, 2**26)
+        elements = self._elements + size
+        share = elements / max(self._operators, 1)
+        largest = int(min(best // share, most // elements))
+        if share > limit or largest < 4:
+            return 1
+        return math.ceil(count / math.ceil(count / largest))
+
+
+class _Calls(TorchFunctionMode):
+    """Counts within torch's functions; outside of them, compilers would meet the counter."""
+
+    def __init__(self) -> None:
+        self.cost = _Cost()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with nullcontext() if torch.compiler.is_compiling() else self.cost:
+            return func(*args, **kwargs or {})
+
+
+class _Tally:
+    """The statistics of one tensor over draws that come in chunks.
+
+    Means and squared deviations are merged chunk by chunk, which is stable, and keeps no draws.
+    Quantiles are exact, and keep all draws as samples do. See `Algorithms for Computing the Sample
+    Variance <https://doi.org/10.1080/00031305.1983.10483115>`_ (Chan, Golub and LeVeque, 1983).
+    """
+
+    def __init__(self, like: Tensor, total: int, keys: Sequence[str | float]) -> None:
+        self._keys, self._shape, self._count = keys, like.shape, 0
+        self._levels = [key for key in keys if isinstance(key, float)]
+        dtype = torch.get_default_dtype()
+        if like.is_floating_point():
+            dtype = torch.promote_types(like.dtype, torch.float32)
+        self._mean = like.new_zeros(like.shape, dtype=dtype)
+        self._squares = torch.zeros_like(self._mean)
+        keeps = self._levels or "samples" in keys
+        self._samples = like.new_empty(total, *like.shape) if keeps else None
+
+    def add(self, values: Tensor) -> None:
+        known, more, shape = self._count, len(values), values.shape[1:]
+        if shape != self._shape:
+            raise ValueError(f"Expected outputs of one shape, {self._shape}; got {shape}.")
+        self._count += more
+        if self._samples is not None:
+            self._samples[known : self._count] = values
+        values = values.to(self._mean.dtype)
+        if more == 1:
+            mean = values[0]
+        else:
+            variance, mean = torch.var_mean(values, 0, correction=0)
+            self._squares.add_(variance, alpha=more)
+        change = mean - self._mean
+        self._mean.add_(change, alpha=more / self._count)
+        self._squares.addcmul_(change, change, value=known * more / self._count)
+
+    def result(self) -> Result:
+        found: Result = {"mean": self._mean, "variance": self._squares / max(self._count - 1, 1)}
+        if self._samples is not None:
+            found["samples"] = self._samples
+            levels = self._mean.new_tensor(self._levels)
+            columns = self._samples.reshape(self._count, -1)
+            blocks = columns.split(max(1, _BLOCK // self._count), dim=1) if self._levels else ()
+            parts = [torch.quantile(block.to(levels.dtype), levels, dim=0) for block in blocks]
+            for level, *values in zip(self._levels, *parts, strict=True):
+                found[level] = torch.cat(values).view(self._shape)
+        return {key: found[key] for key in self._keys}
+
+
+def _joined(parts: Sequence[Sequence[Result]]) -> list[Result]:
+    """Joins the statistics of batches along the dimension that counts examples."""
+    if not parts:
+        raise ValueError("Expected x to have at least one batch; got none.")
+    joined = []
+    for results in zip(*parts, strict=True):
+        dims = {key: int(key == "samples") for key in results[0]}
+        if any(results[0][key].dim() <= dim for key, dim in dims.items()):
+            raise ValueError("Expected outputs with a dimension for examples; got a scalar.")
+        joined.append({key: torch.cat([r[key] for r in results], d) for key, d in dims.items()})
+    return joined
+
+
+def _check(draws: Any, names: Any, levels: Any, function: Any, size: Any, source: Any) -> None:
+    def whole(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+    least = "2 for a variance (statistics='mean' takes 1)" if "variance" in names else "1"
+    enough = whole(draws) and draws >= int(least[0])
+    known = bool(names or levels) and all(name in _STATISTICS for name in names)
+    within = all(isinstance(level, float) and 0 < level < 1 for level in levels)
+    for passed, expected, got in (
+        (enough, f"num_samples to be an integer of at least {least}", draws),
+        (known, f"statistics to be among {_STATISTICS}", names),
+        (within, "quantiles to be numbers between 0 and 1", levels),
+        (function is None or callable(function), "function to be callable", function),
+        (size is None or whole(size), "chunk_size to be an integer of at least 1", size),
+        (isinstance(source, torch.Generator | None), "generator to be a torch.Generator", source),
+    ):
+        if not passed:
+            raise ValueError(f"Expected {expected}; got {got!r}.")
