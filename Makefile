@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint gradient-variance test-lowest clean
+.PHONY: demo test lint bench gradient-variance test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -16,6 +16,9 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv-bench/ready  ## Time us and others; writes benchmarks/README.md
+	.venv-bench/bin/python benchmarks/speed.py
+
 gradient-variance: $(READY)  ## Measure the variance of gradients; writes benchmarks/README.md
 	$(BIN)/python benchmarks/gradient_variance.py
 
@@ -23,7 +26,7 @@ test-lowest:  ## Run the tests with the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 clean:
-	rm -rf .venv .venv-lowest
+	rm -rf .venv .venv-bench .venv-lowest
 
 CONSTRAINTS ?= constraints.txt
 
@@ -31,4 +34,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+.venv-bench/ready: pyproject.toml $(CONSTRAINTS) benchmarks/peers.txt
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(CONSTRAINTS) --editable '.[demo,zuko]' --requirement benchmarks/peers.txt
 	touch $@

@@ -26,6 +26,7 @@ from typing import Literal, TypeAlias
 
 import torch
 import zuko
+from section import Section, table
 from sklearn.datasets import load_digits, make_moons
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ ESTIMATORS: dict[str, Estimator] = {BASELINE: False, "flipout": "flipout", "loca
 SYMBOLS = {"means": "μ", "logvars": "log σ²"}
 LAYERS = ("first", "last", "all")
 README = Path(__file__).with_name("README.md")
-START, END = "<!-- gradient-variance -->", "<!-- /gradient-variance -->"
+MARK = "gradient-variance"
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def variances(setting: Setting, points: Sequence[Checkpoint]) -> str:
         f" init_logvar={setting.init_logvar:g}. Negative log-likelihood of the minibatch: {nll}"
         " nats per example."
     )
-    return f"{title}\n\n{_markdown(header, rows, labels=2)}"
+    return f"{title}\n\n{table(header, rows, labels=2)}"
 
 
 def agreement(results: Mapping[Setting, Sequence[Checkpoint]], draws: int) -> str:
@@ -298,7 +299,7 @@ def agreement(results: Mapping[Setting, Sequence[Checkpoint]], draws: int) -> st
         for epoch, point in zip(setting.epochs, points, strict=True)
         for kind, symbol in SYMBOLS.items()
     ]
-    return _markdown(header, rows, labels=3)
+    return table(header, rows, labels=3)
 
 
 def _distance(point: Checkpoint, kind: str, pair: tuple[str, str], draws: int) -> float:
@@ -317,30 +318,12 @@ def _cell(point: Checkpoint, name: str, key: tuple[str, str]) -> str:
     return f"{variance} ({factor:.{0 if factor >= 99.5 else 1}f}×)"
 
 
-def _markdown(header: list[str], rows: list[list[str]], *, labels: int) -> str:
-    ruler = ["---"] * labels + ["---:"] * (len(header) - labels)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
-
-
 def errors(points: Iterable[Checkpoint]) -> str:
     """Returns the largest standard error of the variances of each estimator, in words."""
     largest = {
         name: max(max(p.moments[name].error.values()) for p in points) for name in ESTIMATORS
     }
     return ", ".join(f"{error:.0%} ({name})" for name, error in largest.items())
-
-
-def surroundings(path: Path) -> tuple[str, str]:
-    """Returns what a file has in front of the first mark, and behind the second.
-
-    Raises:
-        ValueError: If the file does not have both marks.
-    """
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"Expected {path} to have the marks {START} and {END}.")
-    return before, after
 
 
 def report(settings: Sequence[Setting], draws: int, seed: int) -> Iterator[str]:
@@ -373,14 +356,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help=f"the file that has {START} and {END}, between which the report is written; by"
-        " default the README of this folder, or with --smoke none",
+        help=f"the file with the marks of the section {MARK!r}, between which the report is"
+        " written; by default the README of this folder, or with --smoke none",
     )
     options = parser.parse_args(arguments)
     if options.draws < 3:
         parser.error(f"Expected --draws to be at least 3; got {options.draws}.")
     path = options.output or (None if options.smoke else README)
-    before, after = surroundings(path) if path else ("", "")
+    section = Section(path, MARK) if path else None
+    if section:
+        section.surroundings()  # raises before the work is done
 
     torch.set_num_threads(1)  # the nets are small
     settings = [replace(s, epochs=(1,)) for s in SETTINGS] if options.smoke else SETTINGS
@@ -388,9 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in report(settings, 3 if options.smoke else options.draws, options.seed):
         print(part, end="\n\n", flush=True)
         parts.append(part)
-    if path:
-        section = "\n\n".join(parts)
-        path.write_text(f"{before}{START}\n\n{section}\n\n{END}{after}", encoding="utf-8")
+    if section:
+        section.write(parts)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,19 @@ def test_gradient_variance(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert text.count("| local noise |") >= 4
+
+
+def test_speed(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- speed -->\n<!-- /speed -->\nafter\n")
+    script = ROOT / "benchmarks" / "speed.py"
+    run = [sys.executable, script, "--smoke", "--nets", "small", "--output", path]
+    subprocess.run(run, check=True, capture_output=True)
+    text = path.read_text()
+    assert text.endswith("after\n")
+    assert "| pyro_bayes, draws of weights |" in text
+    assert "not installed" in text or find_spec("blitz")
+    assert (tmp_path / "cost.png").exists()
 
 
 def test_readme_repeats_the_figures():

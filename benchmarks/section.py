@@ -1,0 +1,61 @@
+"""Tables in Markdown, and the sections of a file that a script writes between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a Markdown file, between `<!-- name -->` and `<!-- /name -->`.
+
+    Arguments:
+        path: The file.
+        name: The name in the marks.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The lines in front of the section and behind it."""
+        return f"<!-- {self.name} -->", f"<!-- /{self.name} -->"
+
+    def surroundings(self) -> tuple[str, str]:
+        """Returns what the file has in front of the first mark, and behind the second.
+
+        Raises:
+            ValueError: If the file does not have both marks.
+        """
+        start, end = self.marks
+        before, found_start, rest = self.path.read_text(encoding="utf-8").partition(start)
+        _, found_end, after = rest.partition(end)
+        if not (found_start and found_end):
+            raise ValueError(f"Expected {self.path} to have the marks {start} and {end}.")
+        return before, after
+
+    def write(self, parts: Sequence[str]) -> None:
+        """Replaces what is between the marks.
+
+        Arguments:
+            parts: The new paragraphs and tables.
+        """
+        before, after = self.surroundings()
+        start, end = self.marks
+        text = "\n\n".join(parts)
+        self.path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int = 1) -> str:
+    """Returns a table in Markdown.
+
+    Arguments:
+        header: The titles of the columns.
+        rows: The cells of each row.
+        labels: The number of columns that are text; the others are aligned to the right.
+    """
+    ruler = ["---"] * labels + ["---:"] * (len(header) - labels)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))

@@ -1,0 +1,277 @@
+"""Times a full step of the optimiser and prediction, ours and the peers', and writes the tables.
+
+Contenders take turns. In each round, each has about 50 ms (one call, if that takes longer), and its
+time per call is divided by that of the plain net in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import memory
+import nets
+import torch
+from chart import Curve, save
+from contenders import CONTENDERS, PLAIN, start
+from nets import PROBLEMS, Problem
+from section import Section, table
+from timing import Times
+
+README = Path(__file__).with_name("README.md")
+MARK, CHART = "speed", "cost.png"
+MEMORY = ("mlp", "cnn")
+QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
+OURS = "weights"
+BEGIN = time.perf_counter()
+GROWING = (PLAIN, OURS, "local", "zuko")
+COUNTING = (OURS, "zuko", "pyro")
+PREDICTING = (PLAIN, OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn", "blitz",
+              "posteriors")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and for how long.
+
+    Arguments:
+        problems: The networks.
+        contenders: The names of the contenders.
+        rounds: The largest number of rounds.
+        seconds: About how long the rounds of one table's column may take.
+        memory: The names of the networks whose memory is measured.
+        queries: The networks that predict.
+        sizes: The numbers of parameters of the growing net.
+        counts: The growing numbers of draws.
+        chart: Where the chart is saved, if anywhere.
+        machine: What the report says about the machine.
+    """
+
+    problems: Sequence[Problem]
+    contenders: Sequence[str]
+    rounds: int
+    seconds: float = 24.0
+    memory: Sequence[str] = MEMORY
+    queries: Sequence[Problem] = QUERIES
+    sizes: Sequence[float] = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
+    counts: Sequence[int] = (1, 10, 100, 1_000, 10_000)
+    chart: Path | None = None
+    machine: str = ""
+
+    def of(self, names: Sequence[str]) -> list[str]:
+        """Returns which of some contenders take part."""
+        return [name for name in names if name in self.contenders]
+
+
+def steps(plan: Plan) -> str:
+    """Returns the table of the times of a step, relative to the plain net's."""
+    columns = []
+    for problem in plan.problems:
+        running, failures = start(list(plan.contenders), problem)
+        times = Times({k: r.step for k, r in running.items()}, plan.rounds, plan.seconds)
+        times.failures.update(failures)
+        columns.append([times.cell(name, PLAIN) for name in plan.contenders])
+        _tell(problem.name)
+    header = ["", *(f"`{p.name}`" for p in plan.problems)]
+    return table(header, _rows(plan.contenders, columns))
+
+
+def peaks(plan: Plan) -> str:
+    """Returns the table of peak memory."""
+    problems = [name for name in plan.memory if PROBLEMS[name] in plan.problems]
+    columns = []
+    for name in problems:
+        columns.append([memory.measure(name, contender) for contender in plan.contenders])
+        _tell(f"memory of {name}")
+    return table(["", *(f"`{name}`" for name in problems)], _rows(plan.contenders, columns))
+
+
+def _rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    cells = zip(*columns, strict=True)
+    return [[CONTENDERS[n].title, *row] for n, row in zip(names, cells, strict=True)]
+
+
+def predictions(plan: Plan) -> str:
+    """Returns the table of the times of a prediction, relative to the first way of ours."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for problem in plan.queries:
+        running, failures = start(plan.of(PREDICTING), problem)
+        x, _ = problem.examples(problem.queries)
+        calls = {
+            (name, way): _bound(predict, x, problem.draws)
+            for name, run in running.items()
+            for way, predict in run.predict.items()
+        }
+        keys = {f"{name} {way}": (name, way) for name, way in calls}
+        times = Times({k: calls[key] for k, key in keys.items()}, plan.rounds, plan.seconds)
+        first = next((k for k, (name, _) in keys.items() if name == OURS), "")
+        for k, key in keys.items():
+            cells.setdefault(key, {})[problem.name] = times.cell(k, first)
+        for name, failure in failures.items():
+            for key in [key for key in cells if key[0] == name] or [(name, "")]:
+                cells.setdefault(key, {})[problem.name] = failure
+        _tell(f"predictions of {problem.name}")
+    rows = [
+        [CONTENDERS[name].title, way, *(row.get(p.name, "") for p in plan.queries)]
+        for (name, way), row in cells.items()
+    ]
+    header = [
+        "",
+        "by",
+        *(f"`{p.name}`, {p.queries} examples, {p.draws} draws" for p in plan.queries),
+    ]
+    return table(header, rows, labels=2)
+
+
+def _bound(predict: Callable[..., object], x: torch.Tensor, count: int) -> Callable[[], object]:
+    return lambda: predict(x, count)
+
+
+def sizes(plan: Plan) -> str:
+    """Returns the table of the time of a step against the number of parameters."""
+    names = plan.of(GROWING)
+    others = [name for name in names if name != PLAIN]
+    rows: list[list[str]] = []
+    curves: dict[str, Curve] = {CONTENDERS[name].title: ([], []) for name in others}
+    for size in filter(_fits, plan.sizes):
+        problem = nets.square(size)
+        running, failures = start(names, problem)
+        times = Times({k: r.step for k, r in running.items()}, plan.rounds, plan.seconds / 4)
+        times.failures.update(failures)
+        rows.append([f"{problem.size():,}", *(times.cell(name, PLAIN) for name in names)])
+        for name in others if PLAIN in times.seconds else []:
+            xs, ratios = curves[CONTENDERS[name].title]
+            if name in times.seconds:
+                xs.append(problem.size())
+                ratios.append(times.ratios(name, PLAIN))
+        _tell(f"{problem.size()} parameters")
+        del running
+    if plan.chart and PLAIN in names:
+        save(plan.chart, curves)
+    return table(["D", *(CONTENDERS[name].title for name in names)], rows, labels=0)
+
+
+def _fits(parameters: float) -> bool:
+    """Whether the nets of all contenders fit in memory at once."""
+    return 160 * parameters < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def counts(plan: Plan) -> str:
+    """Returns the table of the time of a prediction against the number of draws."""
+    names = plan.of(COUNTING)
+    running, _ = start(names, nets.REGRESSION)
+    x, _ = nets.REGRESSION.examples(nets.REGRESSION.queries)
+    ways = {name: next(iter(run.predict.items())) for name, run in running.items()}
+    rows = []
+    for count in plan.counts:
+        calls = {name: _bound(predict, x, count) for name, (_, predict) in ways.items()}
+        times = Times(calls, plan.rounds, plan.seconds / 4)
+        rows.append(
+            [f"{count:,}"]
+            + [times.cell(n, n) for n in ways]
+            + [times.cell(n, OURS) for n in ways if n != OURS and OURS in ways]
+        )
+        _tell(f"{count} draws")
+    titles = [f"{CONTENDERS[n].title} ({way})" for n, (way, _) in ways.items()]
+    relative = [f"{CONTENDERS[n].title}: ratio" for n in ways if n != OURS and OURS in ways]
+    return table(["S", *titles, *relative], rows, labels=0)
+
+
+def report(plan: Plan) -> Iterator[str]:
+    """Measures all that a plan has.
+
+    Yields:
+        The parts of the report, in Markdown.
+    """
+    version = torch.__version__.partition("+")[0]
+    yield f"torch {version} on the CPU; {_threads(plan.machine)}."
+    rows = [[f"`{p.name}`", p.title, f"{p.size():,}"] for p in plan.problems]
+    yield table(["network", "", "parameters"], rows, labels=2)
+    yield "**A step**, relative to the plain net's step, whose time is in the first row."
+    yield steps(plan)
+    if any(PROBLEMS[name] in plan.problems for name in plan.memory):
+        yield "**Peak memory** of building and training, on top of that of the imported libraries."
+        yield peaks(plan)
+    ours = CONTENDERS[OURS].title
+    yield f"**A prediction: mean and variance over draws**, relative to the first row of {ours}."
+    yield predictions(plan)
+    if plan.of(GROWING):
+        yield "**A step against the number of parameters D**, relative to the plain net's."
+        yield sizes(plan)
+    if plan.of(COUNTING):
+        yield f"**A prediction against the number of draws S**, for {nets.REGRESSION.title}."
+        yield counts(plan)
+
+
+def _threads(machine: str) -> str:
+    threads = torch.get_num_threads()
+    return f"{machine}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _tell(what: str) -> None:
+    print(f"  {time.perf_counter() - BEGIN:4.0f} s: {what}", file=sys.stderr, flush=True)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    problems = [PROBLEMS[name] for name in options.nets]
+    plan = Plan(problems, options.contenders, options.rounds, machine=options.machine)
+    queries = [p for p in plan.queries if p is nets.REGRESSION or p in problems]
+    plan = replace(plan, queries=queries)
+    if options.smoke:
+        queries = [replace(nets.REGRESSION, draws=3)]
+        return replace(
+            plan, rounds=1, seconds=0.0, memory=(), queries=queries, sizes=(1e3,), counts=(1, 2)
+        )
+    return plan
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time of a step and a prediction.")
+    add = parser.add_argument
+    add("--nets", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="the networks (all)")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS),
+        help="what is timed (all)")  # fmt: skip
+    add("--rounds", type=int, default=15, help="the largest number of rounds (15)")
+    add("--threads", type=int, default=1, help="threads of PyTorch (1)")
+    add("--machine", default="2 cores", help="what the report says about the machine (2 cores)")
+    add("--smoke", action="store_true", help="one round, and no memory")
+    add("--output", type=Path, help=f"the file with the marks of the section {MARK!r}; the chart is"
+        " saved next to it; by default the README of this folder, if all is measured")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("Expected --rounds and --threads to be at least 1.")
+    complete = set(options.nets) == set(PROBLEMS) and set(options.contenders) == set(CONTENDERS)
+    if complete and not options.smoke:
+        options.output = options.output or README
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints the report, and writes it to the README of this folder."""
+    options = _options(arguments)
+    section = Section(options.output, MARK) if options.output else None
+    if section:
+        section.surroundings()  # raises before the work is done
+    warnings.simplefilter("ignore")  # those of peers
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    torch.set_num_threads(options.threads)
+
+    plan = _plan(options)
+    if section:
+        plan = replace(plan, chart=section.path.with_name(CHART))
+    parts = []
+    for part in report(plan):
+        print(part, end="\n\n", flush=True)
+        parts.append(part)
+    if section:
+        section.write(parts)
+
+
+if __name__ == "__main__":
+    main()
