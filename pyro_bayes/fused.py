@@ -66,7 +66,9 @@ def kl_divergence(posterior: Posterior, prior_var: float) -> Tensor:
         tensor(3.4603)
     """
     terms = [term.sum() for _, term in _divergences(posterior, prior_var)]
-    total = torch.stack([term.to(terms[0]) for term in terms]).sum()
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term.to(total.device)
     dtypes = {mean.dtype for mean, _ in posterior.values()}
     kl: Tensor = total.to(dtypes.pop()) if len(dtypes) == 1 else total
     return kl

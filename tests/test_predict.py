@@ -583,3 +583,16 @@ def test_outputs_must_be_alike(bnn, data):
 
     with pytest.raises(ValueError, match=r"Expected outputs alike .*; got"):
         bnn.predict(data[0], 10, function=kinds)
+
+
+def test_kept_draws_come_back_in_their_places(net):
+    bnn, x = BayesianModel(net, init_logvar=-2.0), torch.randn(6, 3)
+    batches = DataLoader(TensorDataset(x), batch_size=2)
+    whole = bnn.predict(x, 7, statistics="samples", generator=seeded(), chunk_size=3)
+    parts = bnn.predict(batches, 7, statistics="samples", generator=seeded(), chunk_size=3)
+    torch.testing.assert_close(parts.samples, whole.samples)
+    assert len(whole.samples[:, 0, 0].unique()) == 7
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)

@@ -38,7 +38,7 @@ def test_doctests(name):
 def test_public_docstrings_have_an_example():
     model = pyro_bayes.BayesianModel
     for name in ("__doc__", "sample_params", "sample_model", "reparameterize", "kl_divergence",
-                 "lift", "summary"):  # fmt: skip
+                 "lift", "exact_kl", "predict", "summary"):  # fmt: skip
         text = model.__doc__ if name == "__doc__" else getattr(model, name).__doc__
         assert ">>>" in text, name
 
@@ -94,6 +94,9 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     assert callable(torch.Tensor._make_wrapper_subclass)  # gaussian_tensor
     with torch._C.DisableTorchFunctionSubclass():  # gaussian_tensor
         pass
+    assert callable(torch.utils._python_dispatch.TorchDispatchMode)  # predict
+    for operator in ("mul", "mul_", "add", "sub", "exp_", "expm1", "norm"):  # fused
+        assert callable(getattr(torch, f"_foreach_{operator}"))
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
 
