@@ -592,7 +592,3 @@ def test_kept_draws_come_back_in_their_places(net):
     parts = bnn.predict(batches, 7, statistics="samples", generator=seeded(), chunk_size=3)
     torch.testing.assert_close(parts.samples, whole.samples)
     assert len(whole.samples[:, 0, 0].unique()) == 7
-
-
-def seeded():
-    return torch.Generator().manual_seed(3)
