@@ -74,6 +74,17 @@ def test_derivatives_of_first_and_second_order(posterior):
         assert torch.autograd.gradgradcheck(function, leaves(posterior))
 
 
+def test_gradients_are_the_same_for_a_second_derivative(posterior):
+    def outputs():
+        torch.manual_seed(1)
+        draws = fused.draws(posterior).values()
+        return fused.kl_divergence(posterior, 0.3) + sum(draw.square().sum() for draw in draws)
+
+    first = torch.autograd.grad(outputs(), leaves(posterior))
+    second = torch.autograd.grad(outputs(), leaves(posterior), create_graph=True)
+    torch.testing.assert_close(first, second)
+
+
 def test_draws_that_are_not_used_get_no_gradient(posterior):
     fused.draws(posterior)["b"].sum().backward()
     assert posterior["b"][1].grad is not None
