@@ -129,7 +129,6 @@ def noisy(
     if noise.estimator == "flipout":
         return mean + change().to(mean.dtype)
     scale = variance()
-    scale = scale.float() if scale.dtype == torch.float16 else scale
     # The gradient of a square root is infinite at zero, where the variance's own is zero: the
     # smallest normal number makes their product zero instead of NaN.
     scale = scale.clamp_min(torch.finfo(scale.dtype).tiny).sqrt().to(mean.dtype)
