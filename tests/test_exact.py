@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -200,3 +201,26 @@ def expected_density(bnn):
 def test_errors_come_at_once(bnn, arguments):
     with pytest.raises(ValueError, match=r"Expected .*; got"):
         bnn.exact_kl(**arguments)
+
+
+def test_values_of_a_guide_that_draws_weights_are_draws():
+    bnn, x = BayesianModel(nn.Linear(3, 2), init_logvar=-1.0), torch.randn(4, 3)
+    value = poutine.trace(bnn.exact_kl()).get_trace().nodes["weight"]["value"]
+    assert torch.equal(F.linear(x, value), F.linear(x, value.detach()))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@every_estimator
+def test_predicted_samples_explain_the_predictions(local_trick, parallel):
+    bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-1.0), torch.randn(4, 3)
+
+    def model():
+        with bnn.lift() as net, pyro.plate("data", 4):
+            pyro.deterministic("mean", net(x).squeeze(-1))
+
+    guide = bnn.exact_kl(local_trick)
+    sites = ["weight", "bias", "mean"]
+    predict = Predictive(model, guide=guide, num_samples=7, parallel=parallel, return_sites=sites)
+    samples = {name: value.detach() for name, value in predict().items()}
+    weight, bias = samples["weight"].reshape(7, 3), samples["bias"].reshape(7, 1)
+    torch.testing.assert_close(samples["mean"].reshape(7, 4), weight @ x.T + bias)
