@@ -183,7 +183,9 @@ class BayesianModel(LiftedModule):
         The latter two cost a second product per operator. They reach linear and bilinear maps,
         products with matrices, convolutions, embeddings, attention, the affine part of
         normalisations, sums and products; :meth:`summary` tells what they reached. Any other
-        operator, as a recurrent layer, uses one draw of its parameters.
+        operator, as a recurrent layer, uses one draw of its parameters. So does every operator once
+        the network has changed a parameter in place or read its `requires_grad`, as flows do that
+        differentiate inside.
 
         Warning:
             Call the network inside. After the context, it is the posterior-mean network, and passes

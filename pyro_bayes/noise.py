@@ -178,7 +178,8 @@ class ParticleNoise(ContextNoise):
         return self._own(self._all._rows(source, count, every, like, sample), dim=1)
 
     def _own(self, noise: Tensor, dim: int = 0) -> Tensor:
-        return noise.index_select(dim, self._index.reshape(1)).squeeze(dim)
+        index = self._index.to(noise.device).reshape(1)
+        return noise.index_select(dim, index).squeeze(dim)
 
 
 def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
