@@ -110,6 +110,7 @@ class BayesianModel(LiftedModule):
         )
         super().__init__(base, prior, guide, choices)
         self._prior_var = float(prior_var)
+        self._latest = _Latest()
 
     # Draws
 
@@ -223,11 +224,12 @@ class BayesianModel(LiftedModule):
         """
         noise = context_noise(local_trick, batch_dim)
         with self._lock():
-            values: Mapping[str, Tensor] = (
-                self.sample_params()
-                if noise.estimator == "weights"
-                else of_posterior(self._guide.posterior(), noise)
-            )
+            posterior = self._guide.posterior()
+            values: Mapping[str, Tensor]
+            if noise.estimator == "weights":
+                values, self._latest.anchor = fused.draws_and_anchor(posterior)
+            else:
+                values = of_posterior(posterior, noise)
             with self._hold(values) as base:
                 yield base
 
@@ -334,7 +336,8 @@ class BayesianModel(LiftedModule):
         if prior_var is None:
             prior_var = self._prior_var
         check_prior_var(prior_var)
-        return fused.kl_divergence(self._guide.posterior(), float(prior_var))
+        anchor, self._latest.anchor = self._latest.anchor, None
+        return fused.kl_divergence(self._guide.posterior(), float(prior_var), anchor)
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -375,3 +378,12 @@ class BayesianModel(LiftedModule):
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_var, uses)
+
+
+class _Latest:
+    """The anchor of the latest draws, which copies and pickles do without."""
+
+    anchor: fused.Anchor | None = None
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return _Latest, ()
