@@ -93,3 +93,8 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if len(flat[0]) <= BLOCK or flat[0].device.type != "cpu":
         return iter([flat])
     return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
+
+
+def transformed() -> bool:
+    """Tells whether a compiler or a transform of `torch.func` is at work."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None

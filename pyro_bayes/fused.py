@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
-from pyro_bayes.flat import blocks, gather, parts, room, scatter
+from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
 _Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -154,8 +154,7 @@ def _groups(posterior: Posterior) -> Iterator[_Group]:
 def _by_formula(means: Sequence[Tensor]) -> bool:
     mean = means[0]
     return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
+        transformed()
         or mean.dtype.itemsize < 4
         or not mean.is_contiguous()
     )
