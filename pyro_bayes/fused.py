@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pyro_bayes import gaussian
 from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
+Kind = Literal["draws", "deviations", "variances"]
 _Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
@@ -34,42 +35,51 @@ def draws(posterior: Posterior) -> dict[str, Tensor]:
         >>> draws({"w": (torch.tensor([1.0, 2.0]), torch.full((2,), -80.0))})["w"]
         tensor([1., 2.])
     """
-    return draws_and_anchor(posterior)[0]
+    return outputs_and_anchor("draws", posterior)[0]
 
 
 def draws_and_noise(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
     r"""Returns draws with their noise :math:`\epsilon`, see :func:`draws`."""
     epsilons: dict[str, Tensor] = {}
-    found, _ = draws_and_anchor(posterior, epsilons)
+    found, _ = outputs_and_anchor("draws", posterior, epsilons)
     return {name: (draw, epsilons[name]) for name, draw in found.items()}
 
 
-def draws_and_anchor(
-    posterior: Posterior, epsilons: dict[str, Tensor] | None = None
+def outputs_and_anchor(
+    kind: Kind, posterior: Posterior, epsilons: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], Anchor | None]:
-    r"""Returns draws, and what lets a divergence share their nodes, see :func:`draws`.
+    r"""Computes something of each parameter, and what lets a divergence share the nodes of it.
 
     Arguments:
+        kind: What to compute: draws :math:`\mu + \sigma \epsilon`, their deviations
+            :math:`\sigma \epsilon` from the mean, or variances :math:`\sigma^2`.
         posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
-        epsilons: Where to put the noise :math:`\epsilon` by name, if it is wanted.
+        epsilons: Where to put the noise :math:`\epsilon` of draws by name, if it is wanted.
+
+    Returns:
+        The tensors by name, all draws and such others as can be computed at once, and the anchor,
+        if all can.
     """
-    found: dict[str, Any] = dict.fromkeys(posterior)  # in the parameters' order
+    found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
     anchors: list[tuple[_Group, Sequence[Tensor]]] = []
+    count = 0
     for group in _groups(posterior):
         names, means, logvars = group
+        count += len(names)
         noise: list[Tensor] | None = None if epsilons is None else []
-        drawn: Sequence[Tensor]
-        if _by_formula(means):
-            noise = _noise(means)
-            drawn = list(map(gaussian.draw, means, logvars, noise))
-        else:
-            *drawn, by, less = _Draws.apply(noise, *means, *logvars)
+        outputs: Sequence[Tensor] = ()
+        if not _by_formula(means):
+            *outputs, by, less = _Outputs.apply(kind, noise, *means, *logvars)
             if by.requires_grad:
                 anchors.append((group, (by, less)))
-        found.update(zip(names, drawn, strict=True))
+        elif kind != "variances":
+            noise = _noise(means)
+            centers = means if kind == "draws" else map(torch.zeros_like, means)
+            outputs = list(map(gaussian.draw, centers, logvars, noise))
+        found.update(zip(names, outputs, strict=False))
         if epsilons is not None and noise is not None:
             epsilons.update(zip(names, noise, strict=True))
-    whole = sum(len(names) for (names, _, _), _ in anchors) == len(found)
+    whole = sum(len(names) for (names, _, _), _ in anchors) == count
     return found, Anchor(anchors) if anchors and whole else None
 
 
@@ -153,11 +163,7 @@ def _groups(posterior: Posterior) -> Iterator[_Group]:
 
 def _by_formula(means: Sequence[Tensor]) -> bool:
     mean = means[0]
-    return (
-        transformed()
-        or mean.dtype.itemsize < 4
-        or not mean.is_contiguous()
-    )
+    return transformed() or mean.dtype.itemsize < 4 or not mean.is_contiguous()
 
 
 def _noise(means: Sequence[Tensor]) -> list[Tensor]:
@@ -171,55 +177,64 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-class _Draws(torch.autograd.Function):
-    """The draws of several parameters, and an anchor; its inputs are all μ and then all log σ².
+class _Outputs(torch.autograd.Function):
+    """Draws of several parameters or the like, and the two numbers that are an anchor.
 
-    The gradient of the anchor says what a divergence adds to theirs, see :func:`_slopes`.
+    Its inputs are all μ and then all log σ². The gradient of the anchor says what a divergence adds
+    to theirs, see :func:`_slopes`.
     """
 
     @staticmethod
-    def forward(ctx: Any, noise: list[Tensor] | None, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, kind: Kind, noise: list[Tensor] | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
-        draws: list[Tensor] = []
-        changes = []
+        outputs: list[Tensor] = []
+        spreads = []
         slices = parts(means)
-        recorded = any(ctx.needs_input_grad)
-        memory = room(means, slices, 2 if recorded else 1)
+        apart = kind == "draws" and any(ctx.needs_input_grad)
+        memory = room(means, slices, 2 if apart else 1)
         for part in slices:
             mean, logvar = gather(means[part]), gather(logvars[part])
-            draw, *kept = next(memory)
-            change = kept[0] if recorded else torch.empty_like(draw)
-            epsilon = change if noise is None else torch.empty_like(mean)
-            for m, v, e, c, d in blocks(mean, logvar, epsilon, change, draw):
+            output, *kept = next(memory)
+            spread = kept[0] if apart else output
+            epsilon = spread if noise is None else torch.empty_like(mean)
+            for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
+                if kind == "variances":
+                    torch.exp(v, out=s)
+                    continue
                 e.normal_()
-                torch.mul(v, 0.5, out=d).exp_()
-                torch.mul(e, d, out=c)
-                torch.add(m, c, out=d)
-            draws += scatter(draw, means[part])
-            changes += kept
+                torch.mul(e, torch.mul(v, 0.5).exp_(), out=s)
+                if kind == "draws":
+                    torch.add(m, s, out=o)
+            outputs += scatter(output, means[part])
+            spreads.append(spread)
             if noise is not None:
                 noise += scatter(epsilon, means[part])
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*changes)
-        # The gradient of a divergence may come alone, and must leave what that of draws needs.
-        ctx.parameters, ctx.versions, ctx.changes = parameters, _versions(parameters), changes
-        return *draws, means[0].new_empty(()), means[0].new_empty(())
+        ctx.save_for_backward(*spreads)
+        # The gradient of a divergence may come alone, and must leave what that of outputs needs.
+        ctx.parameters, ctx.versions, ctx.spreads = parameters, _versions(parameters), spreads
+        return *outputs, means[0].new_empty(()), means[0].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        *of_draws, by, less = grads
+        *of_outputs, by, less = grads
         if _versions(ctx.parameters) != ctx.versions:
             raise RuntimeError(
                 "Expected the posterior's parameters to be those that the weights were drawn with;"
                 " got others, changed in place. Call backward() before optimizer.step()."
             )
-        slices = parts(ctx.parameters[: len(of_draws)])
-        changes: Sequence[Tensor] = ()
-        if any(grad is not None for grad in of_draws):
-            changes, ctx.changes = ctx.changes or ctx.saved_tensors, None
-        factors = None if by is None else (by, less)
-        return None, *_slopes(ctx.parameters, slices, [factors] * len(slices), of_draws, changes)
+        slices = parts(ctx.parameters[: len(of_outputs)])
+        spreads: Sequence[Tensor] = ()
+        if any(grad is not None for grad in of_outputs):
+            spreads, ctx.spreads = ctx.spreads or ctx.saved_tensors, None
+        if not spreads and by is None:
+            return (None,) * len(ctx.needs_input_grad)
+        factors = [None if by is None else (by, less)] * len(slices)
+        return None, None, *_slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads)
 
 
 class _Divergences(torch.autograd.Function):
@@ -287,45 +302,49 @@ def _slopes(
     parameters: Sequence[Tensor],
     slices: Sequence[slice],
     factors: Sequence[tuple[Tensor, Tensor] | None],
-    of_draws: Sequence[Tensor | None] = (),
-    changes: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    r"""The gradients of all μ and then all log σ², from those of divergences and of draws.
+    kind: Kind = "draws",
+    of_outputs: Sequence[Tensor | None] = (),
+    spreads: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    r"""The gradients of all μ and then all log σ², from those of divergences and of outputs.
 
     That of :math:`\frac{a}{2} (\mu^2 + \sigma^2) + b \log \sigma^2`, with a divergence's factors a
-    and b, one pair for each part, and that of a draw that differs from the mean by a change.
+    and b, one pair for each part, and that of outputs of which each spread is the deviation from
+    the mean, or the variance.
     """
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
-    of_means: list[Tensor] = []
-    of_logvars: list[Tensor] = []
+    weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
     if torch.is_grad_enabled():  # second derivatives are wanted
-        return _slopes_by_formula(means, logvars, slices, factors, of_draws, changes)
+        inputs = factors, kind == "draws", weight, of_outputs, spreads
+        return _slopes_by_formula(means, logvars, slices, *inputs)
+    of_means: list[Tensor | None] = []
+    of_logvars: list[Tensor | None] = []
     memory = room(means, slices, 2)
     for i, part in enumerate(slices):
         mean, logvar = gather(means[part]), gather(logvars[part])
         of_mean, of_logvar = next(memory)
         flat = [mean, logvar, of_mean, of_logvar]
-        if changes:
-            pairs = zip(of_draws[part], means[part], strict=True)
-            flat += [
-                gather([torch.zeros_like(m) if g is None else g for g, m in pairs]),
-                changes[i],
-            ]
+        if spreads:
+            pairs = zip(of_outputs[part], means[part], strict=True)
+            grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
+            flat += gather(grads), spreads[i]
         factor = factors[i]
-        for m, v, of_m, of_v, *drawn in blocks(*flat):
+        for m, v, of_m, of_v, *given in blocks(*flat):
             if factor is None:
-                torch.mul(*drawn, out=of_v).mul_(0.5)
-                of_m.copy_(drawn[0])
+                torch.mul(*given, out=of_v).mul_(weight)
+                of_m.copy_(given[0])
                 continue
             by, less = factor
             torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
-            if drawn:
-                torch.addcmul(drawn[0], m, by, out=of_m)
-                of_v.addcmul_(*drawn, value=0.5)
+            if given:
+                of_v.addcmul_(*given, value=weight)
+            if given and kind == "draws":
+                torch.addcmul(given[0], m, by, out=of_m)
             else:
                 torch.mul(m, by, out=of_m)
-        of_means += scatter(of_mean, means[part])
+        alone = factor is None and kind != "draws"  # the outputs do not depend on the means
+        of_means += [None] * len(means[part]) if alone else scatter(of_mean, means[part])
         of_logvars += scatter(of_logvar, means[part])
     return of_means + of_logvars
 
@@ -335,26 +354,28 @@ def _slopes_by_formula(
     logvars: Sequence[Tensor],
     slices: Sequence[slice],
     factors: Sequence[tuple[Tensor, Tensor] | None],
-    of_draws: Sequence[Tensor | None],
-    changes: Sequence[Tensor],
-) -> list[Tensor]:
+    of_draws: bool,
+    weight: float,
+    of_outputs: Sequence[Tensor | None],
+    spreads: Sequence[Tensor],
+) -> list[Tensor | None]:
     """What :func:`_slopes` returns, differentiable."""
-    of_means, of_logvars = map(torch.zeros_like, means), map(torch.zeros_like, logvars)
-    found = [*of_means, *of_logvars]
+    of_means: list[Any] = [torch.zeros_like(mean) for mean in means]
+    of_logvars: list[Any] = [torch.zeros_like(logvar) for logvar in logvars]
     for i, part in enumerate(slices):
         factor = factors[i]
-        parted = scatter(changes[i], means[part]) if changes else ()
+        spread = scatter(spreads[i], means[part]) if spreads else ()
         for k in range(*part.indices(len(means))):
             mean, logvar = means[k], logvars[k]
             if factor is not None:
-                found[k] = found[k] + factor[0] * mean
-                found[len(means) + k] = 0.5 * factor[0] * logvar.exp() + factor[1]
-            grad = of_draws[k] if changes else None
+                of_means[k] = of_means[k] + factor[0] * mean
+                of_logvars[k] = 0.5 * factor[0] * logvar.exp() + factor[1]
+            grad = of_outputs[k] if spreads else None
             if grad is not None:
-                change = parted[k - part.start] * (0.5 * (logvar - logvar.detach())).exp()
-                found[k] = found[k] + grad
-                found[len(means) + k] = found[len(means) + k] + 0.5 * grad * change
-    return found
+                varied = spread[k - part.start] * (weight * (logvar - logvar.detach())).exp()
+                of_means[k] = of_means[k] + grad if of_draws else of_means[k]
+                of_logvars[k] = of_logvars[k] + weight * grad * varied
+    return of_means + of_logvars
 
 
 def _itself(value: Any) -> Any:

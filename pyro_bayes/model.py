@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_bayes import fused
 from pyro_bayes.checks import check_base, check_prior_var, is_number
-from pyro_bayes.gaussian_tensor import of_posterior
+from pyro_bayes.context import of_posterior
 from pyro_bayes.guide import MeanField
 from pyro_bayes.lifted import LiftedModule
 from pyro_bayes.noise import context_noise
@@ -227,9 +227,9 @@ class BayesianModel(LiftedModule):
             posterior = self._guide.posterior()
             values: Mapping[str, Tensor]
             if noise.estimator == "weights":
-                values, self._latest.anchor = fused.draws_and_anchor(posterior)
+                values, self._latest.anchor = fused.outputs_and_anchor("draws", posterior)
             else:
-                values = of_posterior(posterior, noise)
+                values, self._latest.anchor = of_posterior(posterior, noise)
             with self._hold(values) as base:
                 yield base
 
@@ -374,7 +374,7 @@ class BayesianModel(LiftedModule):
             uses = noise.uses = {}
             call = args[0] if callable(args[0]) else lambda base: base(*args)
             with self._lock(), undisturbed(self._base), torch.enable_grad():
-                values = of_posterior(self._guide.posterior(), noise)
+                values, _ = of_posterior(self._guide.posterior(), noise)
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_var, uses)

@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -68,6 +70,20 @@ def test_draws_are_the_same_with_and_without_a_graph(posterior):
         torch.testing.assert_close(fused.draws(posterior), expected, rtol=0, atol=0)
 
 
+def test_deviations_and_variances_are_those_of_draws(posterior):
+    torch.manual_seed(1)
+    draws = fused.draws(posterior)
+    torch.manual_seed(1)
+    deviations, _ = fused.outputs_and_anchor("deviations", posterior)
+    variances, _ = fused.outputs_and_anchor("variances", posterior)
+    for name, (mean, logvar) in posterior.items():
+        torch.testing.assert_close(mean + deviations[name], draws[name])
+        torch.testing.assert_close(variances[name], logvar.exp())
+    grads = torch.autograd.grad(deviations["w"].sum(), posterior["w"], allow_unused=True)
+    assert grads[0] is None
+    torch.testing.assert_close(grads[1], 0.5 * deviations["w"].detach())
+
+
 def test_draws_may_be_changed_in_place(posterior):
     draws = fused.draws(posterior)
     before = draws["b"].detach().clone()
@@ -117,13 +133,14 @@ def test_derivatives_of_first_and_second_order(posterior):
     def divergence(*values):
         return fused.kl_divergence(rebuilt(posterior, values), 0.3)
 
-    def both(*values):
+    def both(kind, *values):
         torch.manual_seed(1)
-        draws, anchor = fused.draws_and_anchor(rebuilt(posterior, values))
+        outputs, anchor = fused.outputs_and_anchor(kind, rebuilt(posterior, values))
         kl = fused.kl_divergence(rebuilt(posterior, values), 0.3, anchor)
-        return kl, *draws.values()
+        return kl, *outputs.values()
 
-    for function in (draws, divergence, both):
+    kinds = [partial(both, kind) for kind in get_args(fused.Kind)]
+    for function in (draws, divergence, *kinds):
         assert torch.autograd.gradcheck(function, leaves(posterior), check_undefined_grad=False)
         assert torch.autograd.gradgradcheck(function, leaves(posterior))
 
@@ -175,7 +192,7 @@ ORDERS = {
 def test_gradients_of_draws_and_a_divergence_of_the_same_posterior(posterior, order):
     def gradients(shared):
         torch.manual_seed(1)
-        draws, anchor = fused.draws_and_anchor(posterior)
+        draws, anchor = fused.outputs_and_anchor("draws", posterior)
         kl = fused.kl_divergence(posterior, 0.3, anchor if shared else None)
         assert (type(kl.grad_fn).__name__ == "_AnchoredBackward") == shared
         nll = draws["w"].square().sum() * draws["s"]  # "b" is not used
@@ -188,7 +205,7 @@ def test_gradients_of_draws_and_a_divergence_of_the_same_posterior(posterior, or
 
 
 def test_a_divergence_shares_no_node_with_draws_of_another_posterior(posterior):
-    _, anchor = fused.draws_and_anchor(posterior)
+    _, anchor = fused.outputs_and_anchor("draws", posterior)
     other = {name: (mean.detach(), logvar) for name, (mean, logvar) in posterior.items()}
     assert not anchor.is_of(other)
     with torch.no_grad():
