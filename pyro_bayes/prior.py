@@ -77,8 +77,9 @@ class Prior(dist.Independent):
         dims = tuple(range(-len(self.event_shape), 0))
         constant = self.event_shape.numel() * math.log(2 * math.pi * self._variance)
         if value.shape == self.event_shape and value.numel() > flat.BLOCK and not transformed():
-            return _SquaredNorm.apply(value) * (-0.5 / self._variance) - 0.5 * constant
-        squares: Tensor = value.square().sum(dims) if dims else value.square()
+            squares: Tensor = _SquaredNorm.apply(value)
+        else:
+            squares = value.square().sum(dims) if dims else value.square()
         return squares * (-0.5 / self._variance) - 0.5 * constant
 
 
@@ -92,7 +93,7 @@ class _SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Tensor:
-        (value,) = ctx.saved_tensors
+        value: Tensor = ctx.saved_tensors[0]
         return value * (2 * grad)
 
 
