@@ -13,7 +13,8 @@ from nets import DATASET_SIZE, LEARNING_RATE, LOGVAR, PRIOR_VAR, Problem
 from peers import Predict, Running, draws, optimised
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from timing import reason
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from zuko.bayesian import BayesianModel as ZukoModel
 
 from pyro_bayes import BayesianModel
@@ -52,38 +53,57 @@ def plain(problem: Problem) -> Running:
     return Running(step, {"as many forward passes": lambda z, n: draws(lambda: net(z), n)})
 
 
-def floor(problem: Problem, products: int) -> Running:
-    """Does what no posterior of this kind can do without, and nothing else.
+def floor(problem: Problem, local: bool) -> Running:
+    """Does what no such posterior can do without, and nothing else.
 
-    That is Adam on two tensors per parameter, the plain net's forward and backward passes, once for
-    each product with a parameter that the estimator needs, and its normal numbers: one per weight,
-    or for local noise one per output of a layer with weights.
+    That is the plain net's forward and backward pass, Adam on two tensors per parameter, and one
+    normal number per weight. With local noise, it is one normal number per output of each layer
+    with weights instead, and each of these layers' forward and backward pass once more.
     """
     net = problem.build()
     x, y = problem.examples(problem.batch)
     parameters = list(net.parameters())
-    others = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
-    sizes = [parameter.numel() for parameter in parameters]
-    if products > 1:
-        sizes.clear()
-        layers = [m for m in net.modules() if any(True for _ in m.parameters(recurse=False))]
-        hooks = [m.register_forward_hook(lambda m, i, o: sizes.append(o.numel())) for m in layers]
-        net(x)
-        for hook in hooks:
-            hook.remove()
+    others = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
+    calls = _layer_calls(net, x) if local else []
+    sizes = [size for *_, size in calls] or [parameter.numel() for parameter in parameters]
     noise = torch.empty(sum(sizes))
     optimizer = torch.optim.Adam([*parameters, *others], lr=LEARNING_RATE)
 
     def step() -> None:
         optimizer.zero_grad()
         noise.normal_()
-        for _ in range(products):
-            problem.loss.nll(net(x), y).backward()
+        problem.loss.nll(net(x), y).backward()
+        for layer, inputs, options, _ in calls:
+            _first(layer(*inputs, **options)).sum().backward()
         for parameter, other in zip(parameters, others, strict=True):
             other.grad = parameter.grad
         optimizer.step()
 
     return Running(step, {})
+
+
+def _layer_calls(net: nn.Module, x: Tensor) -> list[tuple[nn.Module, Any, Any, int]]:
+    """Returns each layer with weights, its arguments and the size of its output."""
+    calls: list[tuple[nn.Module, Any, Any, int]] = []
+
+    def record(layer: nn.Module, inputs: Any, options: Any, output: Any) -> None:
+        def cut(value: Any) -> Any:
+            return value.detach().requires_grad_(value.requires_grad)
+
+        inputs, options = tree_map_only(Tensor, cut, (inputs, options))
+        calls.append((layer, inputs, options, _first(output).numel()))
+
+    layers = [m for m in net.modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_hook(record, with_kwargs=True) for m in layers]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def ours(problem: Problem, local_trick: Estimator) -> Running:
@@ -167,8 +187,8 @@ def zuko_model(problem: Problem, local_trick: bool) -> Running:
 PLAIN = "plain"
 CONTENDERS = {
     PLAIN: Contender("plain net", plain),
-    "floor": Contender("*floor of draws of weights*", floor, {"products": 1}),
-    "floor-local": Contender("*floor of local noise*", floor, {"products": 2}),
+    "floor": Contender("*floor of draws of weights*", floor, {"local": False}),
+    "floor-local": Contender("*floor of local noise*", floor, {"local": True}),
     "weights": Contender("pyro_bayes, draws of weights", ours, {"local_trick": False}),
     "local": Contender("pyro_bayes, local noise", ours, {"local_trick": True}),
     "flipout": Contender("pyro_bayes, flipout", ours, {"local_trick": "flipout"}),

@@ -94,7 +94,8 @@ class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Tensor:
         value: Tensor = ctx.saved_tensors[0]
-        return value * (2 * grad)
+        slope: Tensor = value * (2 * grad)
+        return slope
 
 
 class GaussianPrior(PyroModule):
