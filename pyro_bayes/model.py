@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes import fused
+from pyro_bayes.batch_norm import warn_if_stale
 from pyro_bayes.checks import check_base, check_prior_var, is_number
 from pyro_bayes.gaussian_tensor import of_posterior
 from pyro_bayes.guide import MeanField
@@ -231,6 +232,25 @@ class BayesianModel(LiftedModule):
             with self._hold(values) as base:
                 yield base
 
+    @contextmanager
+    def mean(self) -> Iterator[nn.Module]:
+        """Holds the posterior means in the base while the context is open, without gradients.
+
+        So does :attr:`base` where no other context is open. The mode stays what it is.
+
+        Yields:
+            The base.
+
+        Example:
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.mean() as net:
+            ...     prediction = net(x)
+        """
+        with self._lock():
+            base, originals = self.base, self._swap.originals
+            with self._hold({c.name: originals[c.name] for c in self._choices if c.included}):
+                yield base
+
     def predict(
         self,
         x: Any,
@@ -292,6 +312,7 @@ class BayesianModel(LiftedModule):
             (torch.Size([5, 1]), torch.Size([5, 1]))
             >>> total = (prediction.variance + 0.1**2).sqrt()  # with the noise of the likelihood
         """
+        warn_if_stale(self)
         return predict(
             self,
             x,

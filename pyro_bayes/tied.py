@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bayes import store
+from pyro_bayes.batch_norm import Stamp, stamp
 from pyro_bayes.guide import MeanField
 from pyro_bayes.prior import GaussianPrior
 from pyro_bayes.selection import Choice
@@ -74,6 +75,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
+        self._stamp: Stamp | None = stamp(self)
 
     @property
     def means(self) -> nn.Module:
@@ -240,8 +242,10 @@ class TiedModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
+        fresh = self._stamp == stamp(self)
         super()._apply(fn, recurse)
         self._replaced()
+        self._stamp = stamp(self) if fresh else None
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -254,7 +258,8 @@ class TiedModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
-        state = dict(super().__getstate__())
+        # Counters of changes start anew in a copy.
+        state = dict(super().__getstate__(), _stamp=self._stamp == stamp(self))
         return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -262,6 +267,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
+        self._stamp = stamp(self) if state["_stamp"] else None
 
 
 def _forget(key: int, _: Any) -> None:
@@ -288,6 +294,7 @@ def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any
 
 def _after_load(model: TiedModule, keys: Any) -> None:
     model._replaced()
+    model._stamp = stamp(model)
     # What is missing of the included parameters is missing of the means, and named there.
     missing = set(keys.missing_keys)
     for choice in model._choices:
