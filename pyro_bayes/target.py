@@ -24,12 +24,12 @@ def fit_target(y: Any, distribution: Distribution) -> Tensor:
         distribution: The distribution, of batch shape :math:`(B)` or :math:`(S, B)`.
 
     Returns:
-        The target, with labels as 64-bit integers and all else in floating point.
+        The target, with labels as 64-bit integers and all else in the distribution's dtype.
 
     Raises:
         TypeError: If it is not a tensor.
-        ValueError: If it does not have one target per example, or has a dtype or values that the
-            distribution does not have.
+        ValueError: If it does not have one target per example, is on another device, or has a dtype
+            or values that the distribution does not have.
 
     Example:
         >>> labels = Categorical(logits=torch.zeros(2, 3))
@@ -52,7 +52,14 @@ def fit_target(y: Any, distribution: Distribution) -> Tensor:
         discrete = domain is not None and domain.is_discrete
         if y.is_complex() or not (discrete or y.is_floating_point()):
             raise ValueError(f"Expected y to hold {words}; got {y.dtype}. Pass y.float().")
-        target = y if y.is_floating_point() else y.to(torch.get_default_dtype())
+    parameters = (v for v in vars(element).values() if isinstance(v, Tensor))
+    parameter = next((v for v in parameters if v.is_floating_point()), None)
+    if parameter is not None and parameter.device != y.device:
+        raise ValueError(
+            f"Expected y on {parameter.device}, as the network's output; got it on {y.device}."
+        )
+    if parameter is not None and not isinstance(element, Categorical):
+        target = y.to(parameter.dtype)
     check_values("y", target, words, domain)
     return target
 

@@ -67,10 +67,13 @@ class Density(Likelihood):
                 "Expected x to be a tensor, a tuple or a dictionary of arguments; got"
                 f" {type(x).__name__}. Predict batch by batch."
             )
-        device = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+        source = torch.default_generator if generator is None else generator
+        state = source.get_state()
+        seed = int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
 
-        def evaluate(function: Callable[[Distribution], Any], draws: int = num_samples) -> Any:
+        def evaluate(
+            function: Callable[[Distribution], Any], draws: int = num_samples, *, samples: bool
+        ) -> Any:
             return bnn.predict(
                 x,
                 draws,
@@ -78,8 +81,9 @@ class Density(Likelihood):
                 function=lambda net, *args, **kwargs: function(
                     self._of_examples(net(*args, **kwargs), 1)
                 ),
-                generator=torch.Generator().manual_seed(seed),
-                chunk_size=chunk_size,
+                generator=torch.Generator(source.device).set_state(state),
+                # torch.vmap does not batch the noise of distributions.
+                chunk_size=1 if samples else chunk_size,
             ).samples
 
         return Predictive(_Densities(evaluate, num_samples, seed))
@@ -104,25 +108,23 @@ class _Densities(Distribution):
 
     def __init__(self, evaluate: Callable[..., Any], num_samples: int, seed: int) -> None:
         self._evaluate, self._seed = evaluate, seed
-        # A scalar says how many dimensions belong to examples: a distribution is no output.
-        with seeded(seed):
-            shapes: list[tuple[Size, Size]] = []
+        shapes: list[tuple[Size, Size]] = []
 
-            def probe(d: Distribution) -> Tensor:
-                shapes.append((d.batch_shape, d.event_shape))
-                return torch.zeros(())
+        def note(d: Distribution) -> Tensor:
+            shapes.append((d.batch_shape, d.event_shape))
+            return torch.zeros(())
 
-            evaluate(probe, 1)
+        evaluate(note, 1, samples=True)
         (batch, event), *_ = shapes
         super().__init__(Size([num_samples, *batch]), event, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_prob: Tensor = self._evaluate(lambda d: d.log_prob(value))
+        log_prob: Tensor = self._evaluate(lambda d: d.log_prob(value), samples=False)
         return log_prob
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
         sample_shape = Size(sample_shape)
-        samples: Tensor = self._evaluate(lambda d: d.sample(sample_shape))
+        samples: Tensor = self._evaluate(lambda d: d.sample(sample_shape), samples=True)
         return samples.movedim(0, len(sample_shape))
 
     @property
@@ -140,5 +142,5 @@ class _Densities(Distribution):
             return mean, variance
 
         with seeded(self._seed):
-            found: tuple[Tensor, Tensor] = self._evaluate(moments)
+            found: tuple[Tensor, Tensor] = self._evaluate(moments, samples=True)
         return found

@@ -213,16 +213,7 @@ class Likelihood(nn.Module, ABC):
         if isinstance(y, Tensor) and 0 in y.shape:
             raise ValueError(f"Expected y to have examples; got the shape {tuple(y.shape)}.")
         distribution = self._of_examples(output, batch_dims)
-        y = fit_target(y, distribution)
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        for tensor in tensors:
-            if tensor.device != y.device:
-                raise ValueError(
-                    f"Expected y on {tensor.device}, as the output; got it on {y.device}."
-                )
-        if tensors and y.is_floating_point():
-            y = y.to(torch.promote_types(tensors[0].dtype, torch.float32))
-        return distribution, y
+        return distribution, fit_target(y, distribution)
 
     def _of_examples(self, output: Any, batch_dims: int) -> Distribution:
         """Returns the distribution of the targets, after a look at the output."""
