@@ -83,8 +83,7 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
 def stamp(model: TiedModule) -> Stamp:
     """Returns what differs after a parameter or a statistic has changed.
 
-    These are torch's counters of changes in place, which cost nothing to read. Optimisers that are
-    fused do not count, but training counts batches.
+    Optimisers that are fused do not count their changes, but training does count batches.
 
     Arguments:
         model: The model.
@@ -92,10 +91,7 @@ def stamp(model: TiedModule) -> Stamp:
     norms = _norms(model)
     if not norms:
         return ()
-    parameters = [p for pair in model._guide.posterior().values() for p in pair]
-    excluded = [model._swap.originals[c.name] for c in model._choices if not c.included]
-    tracked = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-    return tuple(tensor._version for tensor in (*parameters, *excluded, *tracked))
+    return model._versions() + tuple(norm.num_batches_tracked._version for norm in norms)
 
 
 def warn_if_stale(model: TiedModule) -> None:

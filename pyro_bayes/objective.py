@@ -247,22 +247,17 @@ def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Call
         >>> loss = svi.step(torch.randn(20, 3), torch.randn(20, 1))
     """
     _check(bnn, likelihood, num_data)
-    if likelihood not in _store_names:
-        _store_names[likelihood] = store.claim(type(likelihood).__name__, likelihood)
-    name = _store_names[likelihood]
 
     def model(x: Any, y: Tensor | None = None) -> Tensor:
         args, kwargs = _arguments(x)
-        with bnn.lift() as net, _stated(likelihood, name):
+        with bnn.lift() as net, _stated(likelihood):
             output = net(*args, **kwargs)
             batch_dims = 2 if isinstance(net, Particles) else 1
             if y is None:
-                size = total = likelihood.distribution(output, batch_dims=batch_dims).batch_shape[
-                    -1
-                ]
+                distribution = likelihood.distribution(output, batch_dims=batch_dims)
+                size = total = distribution.batch_shape[-1]
             else:
-                likelihood.check(output, y)
-                size, total = len(y), num_data
+                size, total = y.shape[0] if isinstance(y, Tensor) and y.dim() else 1, num_data
                 _check_batch(size, num_data)
             with pyro.plate("data", total, subsample=torch.arange(size)):
                 return likelihood.sample("y", output, y, batch_dims=batch_dims)
@@ -271,12 +266,14 @@ def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Call
 
 
 @contextmanager
-def _stated(likelihood: Likelihood, name: str) -> Iterator[None]:
+def _stated(likelihood: Likelihood) -> Iterator[None]:
     """Makes the `pyro.param` statements of a likelihood, and holds their values in it."""
     trained = {n: p for n, p in likelihood.named_parameters() if p.requires_grad}
-    with Swap(likelihood, {n: [n] for n in trained})(
-        {n: store.statement(f"{name}.likelihood.{n}", p) for n, p in trained.items()}
-    ):
+    if trained and likelihood not in _store_names:
+        _store_names[likelihood] = store.claim(type(likelihood).__name__, likelihood)
+    name = _store_names.get(likelihood)
+    values = {n: store.statement(f"{name}.likelihood.{n}", p) for n, p in trained.items()}
+    with Swap(likelihood, {n: [n] for n in trained})(values):
         yield
 
 

@@ -205,6 +205,12 @@ class TiedModule(PyroModule):
     def _stored(self) -> dict[str, nn.Parameter]:
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
+    def _versions(self) -> tuple[int, ...]:
+        """Returns torch's counts of changes in place of each parameter."""
+        posterior = (p for pair in self._guide.posterior().values() for p in pair)
+        excluded = (self._swap.originals[c.name] for c in self._choices if not c.included)
+        return tuple(parameter._version for parameter in (*posterior, *excluded))
+
     def _pull(self) -> None:
         self._guide.posterior()
         store.pull(self._stored())

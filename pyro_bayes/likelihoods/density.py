@@ -31,8 +31,8 @@ class Density(Likelihood):
     :meth:`log_prob` in the same context as the network.
 
     The predictive mixture evaluates the base again whenever it is asked for something, with the
-    same draws. So ask before the posterior changes. Its mean and variances are estimates from
-    256 samples of each draw, and its quantiles are those of 1000 samples.
+    same draws, which is an error once the model has changed. Its mean and variances are estimated
+    from 256 samples of each draw, and its quantiles are those of 1000 samples.
 
     Example:
         >>> from torch.distributions import Exponential
@@ -68,12 +68,17 @@ class Density(Likelihood):
                 f" {type(x).__name__}. Predict batch by batch."
             )
         source = torch.default_generator if generator is None else generator
-        state = source.get_state()
+        state, versions = source.get_state(), bnn._versions()
         seed = int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
 
         def evaluate(
             function: Callable[[Distribution], Any], draws: int = num_samples, *, samples: bool
         ) -> Any:
+            if bnn._versions() != versions:
+                raise RuntimeError(
+                    "Expected the model as it was when predictive() was called; got one that has"
+                    " changed since. A density is evaluated when asked for: call it again."
+                )
             return bnn.predict(
                 x,
                 draws,
