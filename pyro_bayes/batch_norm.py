@@ -24,7 +24,8 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
     What training leaves are running averages over the last few draws, from posteriors that have
     since changed. This replaces them by the averages over all batches, each with a draw of its own,
     for a network that predicts in evaluation mode. All other modules are in evaluation mode
-    meanwhile. After an error, the statistics are as before.
+    meanwhile. After an error, the statistics are as before. A network without batch norm is left
+    alone.
 
     Predictions in evaluation mode warn when the statistics are stale: when a parameter, or the
     statistics themselves, have changed since this call, or, without one, since the model was made.
@@ -52,6 +53,8 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
     from pyro_bayes.predict import batches
 
     norms = _norms(bnn)
+    if not norms:
+        return
     before = [
         (norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms
     ]
@@ -91,7 +94,7 @@ def stamp(model: TiedModule) -> Stamp:
     norms = _norms(model)
     if not norms:
         return ()
-    return model._versions() + tuple(norm.num_batches_tracked._version for norm in norms)
+    return model._versions() + tuple(int(norm.num_batches_tracked) for norm in norms)
 
 
 def warn_if_stale(model: TiedModule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -248,26 +248,28 @@ class Predictive:
         domain = domain_of(self.mixture)
         if domain is None:
             raise NotImplementedError
-        discrete = domain.is_discrete
-        low = torch.full_like(elementary(self.mixture).mean[0], -1.0)
-        high = torch.ones_like(low)
-        # What the distribution function does not know is below what the target can be.
-        for _ in range(128):
-            if discrete or not (above := self._cdf(low) > level).any():
-                break
-            low = torch.where(above, 2 * low, low)
-        for _ in range(128):
-            if not (below := ~(self._cdf(high) >= level)).any():
-                break
-            high = torch.where(below, 2 * high, high)
+        # Counts are searched from -1 on, which none is below.
+        lowest = -1 if domain.is_discrete else getattr(domain, "lower_bound", None)
+        highest = getattr(domain, "upper_bound", None)
+        low = high = torch.zeros_like(elementary(self.mixture).mean[0])
+        low = low + lowest if is_number(lowest) else self._double(low - 1, lambda p: p >= level)
+        high = high + highest if is_number(highest) else self._double(high + 1, lambda p: p < level)
         for _ in range(128):
             middle = (low + high) / 2
-            middle = middle.floor() if discrete else middle
+            middle = middle.floor() if domain.is_discrete else middle
             if ((middle <= low) | (middle >= high)).all():
                 break
-            below = ~(self._cdf(middle) >= level)
+            below = self._cdf(middle) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return high
+
+    def _double(self, end: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
+        """Doubles the ends of intervals for as long as their probabilities are inside."""
+        for _ in range(128):
+            if not (more := inside(self._cdf(end))).any():
+                break
+            end = torch.where(more, 2 * end, end)
+        return end
 
     def _numbers(self, name: str) -> Distribution:
         if isinstance(elementary(self.mixture), Categorical):

@@ -130,9 +130,17 @@ def test_quantiles_of_all_scales(loc, scale):
     close((quantile - loc[0]) / scale, scipy_special.ndtri([0.2]))
 
 
-def test_quantiles_of_positive_numbers():
-    predictive = Predictive(torch.distributions.LogNormal(torch.zeros(1, 2), 1.0))
-    close(predictive.quantile(0.5), torch.ones(2))
+@pytest.mark.parametrize(
+    ("distribution", "median"),
+    [
+        (torch.distributions.LogNormal(torch.zeros(1, 2), 1.0, validate_args=True), 1.0),
+        (torch.distributions.Uniform(torch.zeros(1, 2), 1.0, validate_args=False), 0.5),
+        (torch.distributions.Kumaraswamy(torch.ones(1, 2), 1.0, validate_args=True), 0.5),
+        (torch.distributions.Laplace(torch.full((1, 2), -9.0), 0.1), -9.0),
+    ],
+)
+def test_quantiles_of_other_distributions(distribution, median):
+    close(Predictive(distribution).quantile(0.5), torch.full((2,), median))
 
 
 def test_quantiles_without_a_distribution_function_are_those_of_samples():
