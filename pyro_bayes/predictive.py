@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,8 +250,8 @@ class Predictive:
         if domain is None:
             raise NotImplementedError
         # Counts are searched from -1 on, which none is below.
-        lowest = -1 if domain.is_discrete else getattr(domain, "lower_bound", None)
-        highest = getattr(domain, "upper_bound", None)
+        lowest: Any = -1 if domain.is_discrete else getattr(domain, "lower_bound", None)
+        highest: Any = getattr(domain, "upper_bound", None)
         low = high = torch.zeros_like(elementary(self.mixture).mean[0])
         low = low + lowest if is_number(lowest) else self._double(low - 1, lambda p: p >= level)
         high = high + highest if is_number(highest) else self._double(high + 1, lambda p: p < level)
