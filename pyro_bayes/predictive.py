@@ -107,6 +107,7 @@ class Predictive:
         self._numbers("cdf")
         return self._cdf(fit_target(y, self.mixture))
 
+    @torch.no_grad()
     def quantile(self, levels: float | Sequence[float]) -> Tensor:
         r"""Computes quantiles, of each element of a target by itself.
 
@@ -255,14 +256,33 @@ class Predictive:
         low = high = torch.zeros_like(elementary(self.mixture).mean[0])
         low = low + lowest if is_number(lowest) else self._double(low - 1, lambda p: p >= level)
         high = high + highest if is_number(highest) else self._double(high + 1, lambda p: p < level)
+        return self._count(level, low, high) if domain.is_discrete else self._root(level, low, high)
+
+    def _count(self, level: float, low: Tensor, high: Tensor) -> Tensor:
+        """Returns the least integers in (low, high] with at least a probability, by bisection."""
         for _ in range(128):
-            middle = (low + high) / 2
-            middle = middle.floor() if domain.is_discrete else middle
-            if ((middle <= low) | (middle >= high)).all():
+            if (high <= low + 1).all():
                 break
+            middle = ((low + high) / 2).floor()
             below = self._cdf(middle) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return high
+
+    def _root(self, level: float, low: Tensor, high: Tensor) -> Tensor:
+        """Returns the numbers in (low, high) with a probability, by Newton's method in brackets."""
+        precision = 4 * torch.finfo(low.dtype).eps
+        point = (low + high) / 2
+        for attempt in range(128):
+            error = self._cdf(point) - level
+            step = error / elementary(self.mixture).log_prob(point).exp().mean(0)
+            done = (error.abs() <= precision) | (step.abs() <= precision * point.abs())
+            if done.all():
+                break
+            low, high = torch.where(error < 0, point, low), torch.where(error < 0, high, point)
+            # A bisection now and then bounds the number of steps.
+            inside = (point - step > low) & (point - step < high) & (attempt % 4 < 3)
+            point = torch.where(done, point, torch.where(inside, point - step, (low + high) / 2))
+        return point
 
     def _double(self, end: Tensor, inside: Callable[[Tensor], Tensor]) -> Tensor:
         """Doubles the ends of intervals for as long as their probabilities are inside."""

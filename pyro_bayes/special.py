@@ -39,28 +39,26 @@ def betainc(a: Tensor, b: Tensor, x: Tensor, *, complement: Tensor) -> Tensor:
         u, v = torch.where(mirrored, v, u), torch.where(mirrored, u, v)
         logs = torch.special.xlogy(a, u) + torch.special.xlogy(b, v)
         front = (logs + (a + b).lgamma() - a.lgamma() - b.lgamma()).exp() / a
-        value = front / _fraction(a, b, u)
+        value = front / _fraction(a, b, u, max(torch.finfo(x.dtype).eps / 64, 1e-15))
         return torch.where(mirrored, 1 - value, value).to(x.dtype)
 
 
-def _fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+def _fraction(a: Tensor, b: Tensor, x: Tensor, precision: float) -> Tensor:
     """Returns 1 + d₁ / (1 + d₂ / (1 + …)) of the continued fraction (8.17.22 of the DLMF)."""
-    tiny = torch.finfo(x.dtype).tiny
-
-    def away_from_zero(value: Tensor) -> Tensor:
-        return torch.where(value.abs() < tiny, tiny, value)
-
-    value = c = torch.ones_like(x)
-    d = torch.zeros_like(x)
+    tiny = torch.finfo(x.dtype).tiny  # in the place of 0, which is met exactly if at all
+    value, c, d = torch.ones_like(x), torch.ones_like(x), torch.zeros_like(x)
     for n in range(1, 20_001):  # it takes about the square root of a or b
         m = n // 2
         if n % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+            term = -((a + m) * (a + b + m) / ((a + 2 * m) * (a + 2 * m + 1))) * x
         else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d = 1 / away_from_zero(1 + term * d)
-        c = away_from_zero(1 + term / c)
-        value = value * c * d
-        if n % 16 == 0 and ((c * d - 1).abs() < 1e-15).all():
+            term = (m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))) * x
+        c = torch.div(term, c).add_(1)
+        d = term.mul_(d).add_(1)
+        c.masked_fill_(c == 0, tiny)
+        d.masked_fill_(d == 0, tiny).reciprocal_()
+        factor = c * d
+        value.mul_(factor)
+        if n % 4 == 0 and not ((factor - 1).abs() >= precision).any():
             break
     return value

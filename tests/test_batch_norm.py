@@ -174,7 +174,17 @@ def pickled(bnn):
     return torch.load(buffer, weights_only=False)
 
 
+def replaced(bnn):
+    """A conversion that makes new parameters, which start to count anew."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return bnn.double().float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
 CHANGES = {
+    "new parameters": replaced,
     "double": lambda bnn: bnn.double().float(),
     "to": lambda bnn: bnn.to("cpu"),
     "deepcopy": copy.deepcopy,
