@@ -171,6 +171,7 @@ def test_density_without_conditions_is_the_same_for_all_examples():
 
 
 def test_compiled_log_prob_skips_checks_of_values():
+    torch.compiler.reset()
     likelihood = Gaussian(1.0)
     compiled = torch.compile(likelihood.log_prob, backend="eager", fullgraph=True)
     output, y = torch.randn(B), torch.randn(B)

@@ -11,12 +11,19 @@ import torch.nn.functional as F
 import zuko
 from likelihood_cases import CASES, Base
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from regression import NOISE_VAR, Problem
 from torch import nn
 
 from pyro_bayes import ELBO, BayesianModel, svi_model
-from pyro_bayes.likelihoods import Categorical, Density, Gaussian, Likelihood, Poisson
+from pyro_bayes.likelihoods import (
+    Categorical,
+    Density,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Likelihood,
+    Poisson,
+)
 from pyro_bayes.schedule import LinearWarmup, Schedule
 
 N, B = 30, 12
@@ -29,7 +36,7 @@ def bnn(net):
     return BayesianModel(net, init_logvar=-2.0, prior_var=0.5)
 
 
-def losses(objective, x, y, seed=3):
+def losses(objective, x, y, seed=3, elbo=Trace_ELBO):
     """The losses of both front ends with the same noise, and their gradients."""
     parameters = list(objective.parameters())
     torch.manual_seed(seed)
@@ -37,8 +44,8 @@ def losses(objective, x, y, seed=3):
     model = svi_model(objective.model, objective.likelihood, objective.num_data)
     guide = objective.model.exact_kl(objective.local_trick)
     torch.manual_seed(seed)
-    elbo = Trace_ELBO(num_particles=objective.num_samples)
-    svi_loss = elbo.differentiable_loss(model, guide, x, y) / objective.num_data
+    bound = elbo(num_particles=objective.num_samples)
+    svi_loss = bound.differentiable_loss(model, guide, x, y) / objective.num_data
     return (loss, *torch.autograd.grad(loss, parameters)), (
         svi_loss, *torch.autograd.grad(svi_loss, parameters)
     )  # fmt: skip
@@ -48,11 +55,14 @@ def losses(objective, x, y, seed=3):
 @pytest.mark.parametrize("num_data", [B, N], ids=["full batch", "minibatch"])
 @pytest.mark.parametrize("num_samples", [1, 3])
 @pytest.mark.parametrize("learn", [False, True])
-def test_front_ends_agree_on_the_same_noise(bnn, data, local_trick, num_data, num_samples, learn):
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_front_ends_agree_on_the_same_noise(
+    bnn, data, local_trick, num_data, num_samples, learn, elbo
+):
     objective = ELBO(
         bnn, Gaussian(0.5, learn=learn), num_data, local_trick=local_trick, num_samples=num_samples
     )
-    facade, svi = losses(objective, *data)
+    facade, svi = losses(objective, *data, elbo=elbo)
     torch.testing.assert_close(facade, svi, rtol=1e-5, atol=1e-5)
     assert len(facade) == 1 + 8 + learn
 
@@ -72,6 +82,50 @@ def test_front_ends_agree_for_flows(local_trick):
     objective = ELBO(BayesianModel(flow), Density(), N, local_trick=local_trick)
     facade, svi = losses(objective, torch.randn(B, 3), torch.randn(B, 2))
     torch.testing.assert_close(facade, svi, rtol=1e-4, atol=1e-5)
+
+
+class OneScale(nn.Module):
+    """A network that returns one of its parameters, for all examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Linear(3, 1)
+        self.raw = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.mean(x), self.raw.expand(len(x), 1)
+
+
+@every_estimator
+def test_front_ends_agree_for_outputs_that_are_parameters(data, local_trick):
+    objective = ELBO(
+        BayesianModel(OneScale(), init_logvar=-2.0), HeteroscedasticGaussian(), N,
+        local_trick=local_trick,
+    )  # fmt: skip
+    facade, svi = losses(objective, *data)
+    torch.testing.assert_close(facade, svi, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_for_the_network_only(bnn, data):
+    objective = ELBO(bnn, Gaussian(0.5), N)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = objective(*data)
+    loss.backward()
+    torch.manual_seed(3)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(objective(*data).item(), rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch reads it itself
+def test_compiled_loss_is_the_same(bnn, data):
+    torch.compiler.reset()
+    objective = ELBO(bnn, Gaussian(0.5), N)
+    torch.manual_seed(3)
+    loss = objective(*data)
+    torch.manual_seed(3)
+    compiled = torch.compile(objective, backend="eager")
+    torch.testing.assert_close(compiled(*data), loss)
 
 
 @every_estimator
@@ -335,8 +389,8 @@ def optimum_with_learned_noise(problem):
     return mean, 1 / precision.diag(), variance.sqrt()
 
 
-def train(objective, problem, steps=1500, batch=None):
-    """Averages the last thousand iterates."""
+def train(objective, problem, steps=1200, batch=None):
+    """Averages the last 800 iterates."""
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.998)
     sums = [torch.zeros_like(p) for p in objective.parameters()]
@@ -347,7 +401,7 @@ def train(objective, problem, steps=1500, batch=None):
         optimizer.step()
         schedule.step()
         for total, parameter in zip(sums, objective.parameters(), strict=True):
-            total += parameter.detach() * (step >= steps - 1000) / 1000
+            total += parameter.detach() * (step >= steps - 800) / 800
     return [total.squeeze() for total in sums]
 
 
@@ -364,22 +418,20 @@ def model(problem):
 @pytest.mark.parametrize("batch", [None, 20], ids=["full batch", "minibatch"])
 def test_posterior_is_the_mean_field_optimum(batch):
     problem = Problem.make()
-    objective = ELBO(
-        model(problem), Gaussian(NOISE_VAR**0.5), len(problem.y), local_trick=True, num_samples=2
-    )
+    objective = ELBO(model(problem), Gaussian(NOISE_VAR**0.5), len(problem.y), local_trick=True)
     mean, logvar = train(objective, problem, batch=batch)
-    assert ((mean - problem.mean) / problem.variance.sqrt()).abs().max() < 0.12
-    torch.testing.assert_close(logvar.exp(), problem.variance, rtol=0.1, atol=0)
+    assert ((mean - problem.mean) / problem.variance.sqrt()).abs().max() < 0.15
+    torch.testing.assert_close(logvar.exp(), problem.variance, rtol=0.15, atol=0)
 
 
 def test_learned_noise_is_the_one_that_maximises_the_elbo():
     problem = Problem.make()
     mean, variance, scale = optimum_with_learned_noise(problem)
     likelihood = Gaussian(2.0, learn=True)
-    objective = ELBO(model(problem), likelihood, len(problem.y), local_trick=True, num_samples=2)
+    objective = ELBO(model(problem), likelihood, len(problem.y), local_trick=True)
     found, logvar, log_scale = train(objective, problem)
     assert ((found - mean) / variance.sqrt()).abs().max() < 0.05
-    torch.testing.assert_close(logvar.exp(), variance, rtol=0.1, atol=0)
+    torch.testing.assert_close(logvar.exp(), variance, rtol=0.15, atol=0)
     assert log_scale.exp().item() == pytest.approx(scale.item(), rel=0.01)
     assert scale.item() == pytest.approx(NOISE_VAR**0.5, rel=0.15)  # the truth, of 40 points
 
