@@ -52,6 +52,40 @@ def plain(problem: Problem) -> Running:
     return Running(step, {"as many forward passes": lambda z, n: draws(lambda: net(z), n)})
 
 
+def floor(problem: Problem, products: int) -> Running:
+    """Does what no posterior of this kind can do without, and nothing else.
+
+    That is Adam on two tensors per parameter, the plain net's forward and backward passes, once for
+    each product with a parameter that the estimator needs, and its normal numbers: one per weight,
+    or for local noise one per output of a layer with weights.
+    """
+    net = problem.build()
+    x, y = problem.examples(problem.batch)
+    parameters = list(net.parameters())
+    others = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
+    sizes = [parameter.numel() for parameter in parameters]
+    if products > 1:
+        sizes.clear()
+        layers = [m for m in net.modules() if any(True for _ in m.parameters(recurse=False))]
+        hooks = [m.register_forward_hook(lambda m, i, o: sizes.append(o.numel())) for m in layers]
+        net(x)
+        for hook in hooks:
+            hook.remove()
+    noise = torch.empty(sum(sizes))
+    optimizer = torch.optim.Adam([*parameters, *others], lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        noise.normal_()
+        for _ in range(products):
+            problem.loss.nll(net(x), y).backward()
+        for parameter, other in zip(parameters, others, strict=True):
+            other.grad = parameter.grad
+        optimizer.step()
+
+    return Running(step, {})
+
+
 def ours(problem: Problem, local_trick: Estimator) -> Running:
     """Trains with `bnn.reparameterize`."""
     bnn = BayesianModel(problem.build(), LOGVAR, prior_var=PRIOR_VAR)
@@ -133,6 +167,8 @@ def zuko_model(problem: Problem, local_trick: bool) -> Running:
 PLAIN = "plain"
 CONTENDERS = {
     PLAIN: Contender("plain net", plain),
+    "floor": Contender("*floor of draws of weights*", floor, {"products": 1}),
+    "floor-local": Contender("*floor of local noise*", floor, {"products": 2}),
     "weights": Contender("pyro_bayes, draws of weights", ours, {"local_trick": False}),
     "local": Contender("pyro_bayes, local noise", ours, {"local_trick": True}),
     "flipout": Contender("pyro_bayes, flipout", ours, {"local_trick": "flipout"}),

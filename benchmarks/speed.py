@@ -30,6 +30,7 @@ MEMORY = ("mlp", "cnn")
 QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
 OURS = "weights"
 BEGIN = time.perf_counter()
+THREADED = (PLAIN, "floor", "floor-local", OURS, "local", "flipout", "svi", "zuko", "zuko-local")
 GROWING = (PLAIN, OURS, "local", "zuko")
 COUNTING = (OURS, "zuko", "pyro")
 PREDICTING = (PLAIN, OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn", "blitz",
@@ -51,6 +52,7 @@ class Plan:
         counts: The growing numbers of draws.
         chart: Where the chart is saved, if anywhere.
         machine: What the report says about the machine.
+        threads: On how many threads steps are timed once more, if at all.
     """
 
     problems: Sequence[Problem]
@@ -63,6 +65,7 @@ class Plan:
     counts: Sequence[int] = (1, 10, 100, 1_000, 10_000)
     chart: Path | None = None
     machine: str = ""
+    threads: int = 2
 
     def of(self, names: Sequence[str]) -> list[str]:
         """Returns which of some contenders take part."""
@@ -80,6 +83,15 @@ def steps(plan: Plan) -> str:
         _tell(problem.name)
     header = ["", *(f"`{p.name}`" for p in plan.problems)]
     return table(header, _rows(plan.contenders, columns))
+
+
+def _threaded(plan: Plan) -> str:
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        return steps(plan)
+    finally:
+        torch.set_num_threads(before)
 
 
 def peaks(plan: Plan) -> str:
@@ -195,6 +207,9 @@ def report(plan: Plan) -> Iterator[str]:
     yield table(["network", "", "parameters"], rows, labels=2)
     yield "**A step**, relative to the plain net's step, whose time is in the first row."
     yield steps(plan)
+    if plan.threads:
+        yield f"**The same on {plan.threads} threads**, for some of them."
+        yield _threaded(replace(plan, contenders=plan.of(THREADED), seconds=plan.seconds / 2))
     if any(PROBLEMS[name] in plan.problems for name in plan.memory):
         yield "**Peak memory** of building and training, on top of that of the imported libraries."
         yield peaks(plan)
@@ -226,7 +241,14 @@ def _plan(options: argparse.Namespace) -> Plan:
     if options.smoke:
         queries = [replace(nets.REGRESSION, draws=3)]
         return replace(
-            plan, rounds=1, seconds=0.0, memory=(), queries=queries, sizes=(1e3,), counts=(1, 2)
+            plan,
+            rounds=1,
+            seconds=0.0,
+            memory=(),
+            queries=queries,
+            sizes=(1e3,),
+            counts=(1, 2),
+            threads=0,
         )
     return plan
 

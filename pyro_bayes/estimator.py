@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import (
     GaussianTensor,
     change_of,
@@ -128,12 +129,34 @@ def noisy(
         noise.note(source.parameter, noise.estimator)
     if noise.estimator == "flipout":
         return mean + change().to(mean.dtype)
-    scale = variance()
-    # The gradient of a square root is infinite at zero, where the variance's own is zero: the
-    # smallest normal number makes their product zero instead of NaN.
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny).sqrt().to(mean.dtype)
+    spread = variance()
     epsilon = noise.normal((operator, *(s.key for s in sources)), mean, example)
-    return torch.addcmul(mean, scale, epsilon)
+    if transformed() or spread.dtype != mean.dtype:
+        # The gradient of a square root is infinite at zero, where the variance's own is zero: the
+        # smallest normal number makes their product zero instead of NaN.
+        scale = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt().to(mean.dtype)
+        return torch.addcmul(mean, scale, epsilon)
+    return _Noisy.apply(mean, spread, epsilon)[0]  # type: ignore[no-any-return]
+
+
+class _Noisy(torch.autograd.Function):
+    """The sum of a mean and noise of some variance, and the noise's deviation."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt_()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scale, epsilon)
+        return torch.addcmul(mean, scale, epsilon), scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, of_scale: Any) -> tuple[Tensor | None, ...]:
+        scale, epsilon = ctx.saved_tensors
+        if torch.is_grad_enabled() or grad is None:
+            terms = [grad * epsilon] if grad is not None else []
+            terms += [of_scale] if of_scale is not None else []
+            return grad, sum(terms) / (2 * scale) if terms else None, None
+        return grad, torch.mul(grad, epsilon).div_(scale).mul_(0.5), None
 
 
 def as_usable(operator: str, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 
 from pyro_bayes import fused
-from pyro_bayes.gaussian_tensor import GaussianTensor
+from pyro_bayes.context import of_posterior
 from pyro_bayes.guide import MeanField
 from pyro_bayes.noise import ContextNoise
 from pyro_bayes.prior import distinct_sites
@@ -50,11 +50,10 @@ class ExactKL:
         noise = self._noise.fresh()
         values = {}
         with distinct_sites():
-            posterior = {site: self._guide.statements(site) for site in self._guide.sites}
-            draws = fused.draws(posterior) if noise.estimator == "weights" else {}
-            named = {self._guide.sites[site]: q for site, q in posterior.items()}
-            noise.divergences = lru_cache(partial(fused.kl_divergences, named))
-            for site, name in self._guide.sites.items():
-                value = GaussianTensor.of(*posterior[site], name, noise, draws.get(site))
-                values[site] = pyro.sample(site, Posterior(*posterior[site], value))
+            sites = self._guide.sites
+            posterior = {name: self._guide.statements(site) for site, name in sites.items()}
+            gaussians, _ = of_posterior(posterior, noise)
+            noise.divergences = lru_cache(partial(fused.kl_divergences, posterior))
+            for site, name in sites.items():
+                values[site] = pyro.sample(site, Posterior(*posterior[name], gaussians[name]))
         return values

@@ -1,24 +1,25 @@
 """Draws and divergences of all parameters at once, in few passes over memory.
 
-Each is one node of the autograd graph, with its gradient in closed form. Second derivatives,
+Draws are one node of the autograd graph and the divergence another, with gradients in closed form;
+the divergence that follows draws sends its gradient through their node. Second derivatives,
 `torch.func` transforms and `torch.compile` go through the formulas for one parameter.
-
-The list operations `torch._foreach_*` are not part of torch's public interface, but its optimisers
-rest on them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
+from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
+Kind = Literal["draws", "deviations", "variances"]
+_Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def draws(posterior: Posterior) -> dict[str, Tensor]:
@@ -34,29 +35,80 @@ def draws(posterior: Posterior) -> dict[str, Tensor]:
         >>> draws({"w": (torch.tensor([1.0, 2.0]), torch.full((2,), -80.0))})["w"]
         tensor([1., 2.])
     """
-    return {name: draw for name, (draw, _) in draws_and_noise(posterior).items()}
+    return outputs_and_anchor("draws", posterior)[0]
 
 
 def draws_and_noise(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
     r"""Returns draws with their noise :math:`\epsilon`, see :func:`draws`."""
-    found: dict[str, Any] = dict.fromkeys(posterior)  # in the parameters' order
-    for names in _groups(posterior):
-        means, logvars = zip(*(posterior[name] for name in names), strict=True)
-        epsilons = _noise(means)
-        if _by_formula():
-            drawn = tuple(map(gaussian.draw, means, logvars, epsilons))
-        else:
-            drawn = _Draws.apply(*epsilons, *means, *logvars)
-        found.update(zip(names, zip(drawn, epsilons, strict=True), strict=True))
-    return found
+    epsilons: dict[str, Tensor] = {}
+    found, _ = outputs_and_anchor("draws", posterior, epsilons)
+    return {name: (draw, epsilons[name]) for name, draw in found.items()}
 
 
-def kl_divergence(posterior: Posterior, prior_var: float) -> Tensor:
+def outputs_and_anchor(
+    kind: Kind, posterior: Posterior, epsilons: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], Anchor | None]:
+    r"""Computes something of each parameter, and what lets a divergence share the nodes of it.
+
+    Arguments:
+        kind: What to compute: draws :math:`\mu + \sigma \epsilon`, their deviations
+            :math:`\sigma \epsilon` from the mean, or variances :math:`\sigma^2`.
+        posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
+        epsilons: Where to put the noise :math:`\epsilon` of draws by name, if it is wanted.
+
+    Returns:
+        The tensors by name, all draws and such others as can be computed at once, and the anchor,
+        if all can.
+    """
+    found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
+    anchors: list[tuple[_Group, Sequence[Tensor]]] = []
+    count = 0
+    for group in _groups(posterior):
+        names, means, logvars = group
+        count += len(names)
+        noise: list[Tensor] | None = None if epsilons is None else []
+        outputs: Sequence[Tensor] = ()
+        if not _by_formula(means):
+            *outputs, by, less = _Outputs.apply(kind, noise, *means, *logvars)
+            if by.requires_grad:
+                anchors.append((group, (by, less)))
+        elif kind != "variances":
+            noise = _noise(means)
+            centers = means if kind == "draws" else map(torch.zeros_like, means)
+            outputs = list(map(gaussian.draw, centers, logvars, noise))
+        found.update(zip(names, outputs, strict=False))
+        if epsilons is not None and noise is not None:
+            epsilons.update(zip(names, noise, strict=True))
+    whole = sum(len(names) for (names, _, _), _ in anchors) == count
+    return found, Anchor(anchors) if anchors and whole else None
+
+
+class Anchor:
+    """Where the gradient of a posterior's divergence can go: to the nodes of draws from it.
+
+    Arguments:
+        groups: The parameters of each node, with the two outputs that take the gradient.
+    """
+
+    def __init__(self, groups: Sequence[tuple[_Group, Sequence[Tensor]]]) -> None:
+        self.groups = groups
+        self._parameters = [p for (_, m, v), _ in groups for p in (*m, *v)]
+        self._versions = _versions(self._parameters)
+
+    def is_of(self, posterior: Posterior) -> bool:
+        """Tells whether the posterior is the one that was drawn from, and has not changed since."""
+        pairs = {id(p) for pair in posterior.values() for p in pair}
+        same = pairs == set(map(id, self._parameters))
+        return same and _versions(self._parameters) == self._versions
+
+
+def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
     r"""Returns :math:`D_{KL}(q \| p)`, summed over all parameters.
 
     Arguments:
         posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
         prior_var: The variance :math:`\sigma_p^2 > 0` of the prior.
+        anchor: Where its gradient can go, if there are draws from the posterior.
 
     Returns:
         A 0-dim tensor, in nats.
@@ -65,45 +117,53 @@ def kl_divergence(posterior: Posterior, prior_var: float) -> Tensor:
         >>> kl_divergence({"w": (torch.ones(3), torch.zeros(3))}, prior_var=0.5)
         tensor(3.4603)
     """
-    terms = [term.sum() for _, term in _divergences(posterior, prior_var)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term.to(total.device)
+    terms = []
+    if anchor and torch.is_grad_enabled() and anchor.is_of(posterior):
+        for (_, means, logvars), outputs in anchor.groups:
+            terms.append(_Anchored.apply(prior_var, (*means, *logvars), *outputs))
+    else:
+        for _, means, logvars in _groups(posterior):
+            if _by_formula(means):
+                pairs = zip(means, logvars, strict=True)
+                terms.append(sum(gaussian.kl_divergence(*pair, prior_var) for pair in pairs))
+            else:
+                term = _Divergences.apply(prior_var, parts(means), *means, *logvars)
+                terms.append(term.sum())
+    if len(terms) == 1:
+        return terms[0].to(means[0].dtype)  # type: ignore[no-any-return]
+    total: Tensor = sum(term.to(terms[0].device) for term in terms)
     dtypes = {mean.dtype for mean, _ in posterior.values()}
-    kl: Tensor = total.to(dtypes.pop()) if len(dtypes) == 1 else total
-    return kl
+    return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
 
 def kl_divergences(posterior: Posterior, prior_var: float) -> dict[str, Tensor]:
     r"""Returns :math:`D_{KL}(q \| p)` of each parameter by name, see :func:`kl_divergence`."""
     found: dict[str, Tensor] = {}
-    for names, terms in _divergences(posterior, prior_var):
-        found.update(zip(names, terms.unbind(), strict=True))
+    for names, means, logvars in _groups(posterior):
+        if _by_formula(means):
+            pairs = zip(means, logvars, strict=True)
+            terms: Any = [gaussian.kl_divergence(*pair, prior_var) for pair in pairs]
+        else:
+            each = tuple(slice(i, i + 1) for i in range(len(names)))
+            terms = _Divergences.apply(prior_var, each, *means, *logvars).unbind()
+        found.update(zip(names, terms, strict=True))
     return found
 
 
-def _divergences(posterior: Posterior, prior_var: float) -> Iterator[tuple[list[str], Tensor]]:
-    """The names of each group of parameters with a vector of their divergences."""
-    for names in _groups(posterior):
-        means, logvars = zip(*(posterior[name] for name in names), strict=True)
-        if _by_formula() or means[0].dtype.itemsize < 4:
-            terms = [gaussian.kl_divergence(*posterior[name], prior_var) for name in names]
-            yield names, torch.stack(terms)
-        else:
-            yield names, _Divergences.apply(prior_var, *means, *logvars)
-
-
-def _by_formula() -> bool:
-    compiling = torch.compiler.is_compiling()
-    return compiling or torch._C._functorch.maybe_current_level() is not None
-
-
-def _groups(posterior: Posterior) -> Iterable[list[str]]:
-    """The names of parameters of one dtype on one device."""
+def _groups(posterior: Posterior) -> Iterator[_Group]:
+    """The names, means and log-variances of parameters that can be computed on together."""
     groups: dict[Any, list[str]] = {}
-    for name, (mean, _) in posterior.items():
-        groups.setdefault((mean.dtype, mean.device), []).append(name)
-    return groups.values()
+    for name, (mean, logvar) in posterior.items():
+        dense = mean.is_contiguous() and logvar.is_contiguous()
+        groups.setdefault((mean.dtype, mean.device, dense), []).append(name)
+    for names in groups.values():
+        means, logvars = zip(*(posterior[name] for name in names), strict=True)
+        yield names, means, logvars
+
+
+def _by_formula(means: Sequence[Tensor]) -> bool:
+    mean = means[0]
+    return transformed() or mean.dtype.itemsize < 4 or not mean.is_contiguous()
 
 
 def _noise(means: Sequence[Tensor]) -> list[Tensor]:
@@ -113,64 +173,210 @@ def _noise(means: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(m.shape) for part, m in zip(flat.split(sizes), means, strict=True)]
 
 
-class _Draws(torch.autograd.Function):
-    """The draws of several parameters; its inputs are ε, μ and log σ² of each, kind by kind."""
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
+class _Outputs(torch.autograd.Function):
+    """Draws of several parameters or the like, and the two numbers that are an anchor.
+
+    Its inputs are all μ and then all log σ². The gradient of the anchor says what a divergence adds
+    to theirs, see :func:`_slopes`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        count = len(inputs) // 3
-        epsilons, means, logvars = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
-        changes = torch._foreach_mul(logvars, 0.5)
-        torch._foreach_exp_(changes)
-        torch._foreach_mul_(changes, epsilons)
+    def forward(
+        ctx: Any, kind: Kind, noise: list[Tensor] | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        means, logvars = parameters[:count], parameters[count:]
+        outputs: list[Tensor] = []
+        spreads = []
+        slices = parts(means)
+        apart = kind == "draws" and any(ctx.needs_input_grad)
+        memory = room(means, slices, 2 if apart else 1)
+        for part in slices:
+            mean, logvar = gather(means[part]), gather(logvars[part])
+            output, *kept = next(memory)
+            spread = kept[0] if apart else output
+            epsilon = spread if noise is None else torch.empty_like(mean)
+            for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
+                if kind == "variances":
+                    torch.exp(v, out=s)
+                    continue
+                e.normal_()
+                torch.mul(e, torch.mul(v, 0.5).exp_(), out=s)
+                if kind == "draws":
+                    torch.add(m, s, out=o)
+            outputs += scatter(output, means[part])
+            spreads.append(spread)
+            if noise is not None:
+                noise += scatter(epsilon, means[part])
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*changes, *logvars)
-        return tuple(torch._foreach_add(means, changes))
+        ctx.save_for_backward(*spreads)
+        # The gradient of a divergence may come alone, and must leave what that of outputs needs.
+        ctx.parameters, ctx.versions, ctx.spreads = parameters, _versions(parameters), spreads
+        return *outputs, means[0].new_empty(()), means[0].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        count = len(grads)
-        changes, logvars = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        of_logvars: list[Tensor | None] = [None] * count
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        if torch.is_grad_enabled():
-            for i in used:  # the change as a function of log σ², for a second derivative
-                change = changes[i] * (0.5 * (logvars[i] - logvars[i].detach())).exp()
-                of_logvars[i] = 0.5 * grads[i] * change
-        elif used:
-            products = torch._foreach_mul([grads[i] for i in used], [changes[i] for i in used])
-            torch._foreach_mul_(products, 0.5)
-            for i, product in zip(used, products, strict=True):
-                of_logvars[i] = product
-        return *[None] * count, *grads, *of_logvars
+        *of_outputs, by, less = grads
+        if _versions(ctx.parameters) != ctx.versions:
+            raise RuntimeError(
+                "Expected the posterior's parameters to be those that the weights were drawn with;"
+                " got others, changed in place. Call backward() before optimizer.step()."
+            )
+        slices = parts(ctx.parameters[: len(of_outputs)])
+        spreads: Sequence[Tensor] = ()
+        if any(grad is not None for grad in of_outputs):
+            spreads, ctx.spreads = ctx.spreads or ctx.saved_tensors, None
+        if not spreads and by is None:
+            return (None,) * len(ctx.needs_input_grad)
+        factors = [None if by is None else (by, less)] * len(slices)
+        return None, None, *_slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads)
 
 
 class _Divergences(torch.autograd.Function):
-    """The divergences of several parameters; its inputs are σ²_p, and μ and log σ² of each."""
+    """The divergences of parts of the parameters; its inputs are all μ and then all log σ²."""
 
     @staticmethod
-    def forward(ctx: Any, prior_var: float, *parameters: Tensor) -> Tensor:
-        count = len(parameters) // 2
-        means, logvars = parameters[:count], parameters[count:]
-        ratios = torch._foreach_sub(logvars, math.log(prior_var))
-        excesses = torch._foreach_expm1(ratios)
-        ctx.prior_var = prior_var
-        ctx.save_for_backward(*parameters, *excesses)
-        variances = torch.stack([term.sum() for term in torch._foreach_sub(excesses, ratios)])
-        squares = torch.stack(torch._foreach_norm(means)).square()
-        return 0.5 * (variances + squares / prior_var)
+    def forward(ctx: Any, prior_var: float, slices: Sequence[slice], *parameters: Tensor) -> Tensor:
+        ctx.prior_var, ctx.slices = prior_var, slices
+        ctx.save_for_backward(*parameters)
+        totals = _divergences(parameters, prior_var, slices)
+        return (
+            parameters[0].new_tensor(totals)
+            if isinstance(totals[0], float)
+            else torch.stack(totals)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 3
-        means, logvars, excesses = (
-            ctx.saved_tensors[i * count : (i + 1) * count] for i in range(3)
-        )
-        grads = (0.5 * grad).unbind()
-        if torch.is_grad_enabled():
-            shift, factor = math.log(ctx.prior_var), 2 / ctx.prior_var
-            of_means = [factor * g * mean for g, mean in zip(grads, means, strict=True)]
-            of_logvars = [g * (v - shift).expm1() for g, v in zip(grads, logvars, strict=True)]
-            return None, *of_means, *of_logvars
-        scaled = torch._foreach_mul(means, (grad / ctx.prior_var).unbind())
-        return None, *scaled, *torch._foreach_mul(excesses, grads)
+        factors = zip((grad / ctx.prior_var).unbind(), (-0.5 * grad).unbind(), strict=True)
+        return None, None, *_slopes(ctx.saved_tensors, ctx.slices, list(factors))
+
+
+class _Anchored(torch.autograd.Function):
+    """The divergence of all parameters, whose gradient goes to an anchor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, prior_var: float, parameters: Sequence[Tensor], *anchor: Tensor
+    ) -> Tensor:
+        ctx.prior_var = prior_var
+        slices = parts(parameters[: len(parameters) // 2])
+        total = sum(_divergences(parameters, prior_var, slices))
+        return parameters[0].new_full((), total) if isinstance(total, float) else total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
+        return None, None, grad / ctx.prior_var, -0.5 * grad
+
+
+def _divergences(
+    parameters: Sequence[Tensor], prior_var: float, slices: Sequence[slice]
+) -> list[Any]:
+    """The divergences of parts of the parameters, numbers on a CPU and tensors elsewhere."""
+    count = len(parameters) // 2
+    means, logvars = parameters[:count], parameters[count:]
+    cpu = means[0].device.type == "cpu"
+    number: Any = float if cpu else _itself  # other devices would have to be waited for
+    shift = math.log(prior_var)
+    totals = []
+    for part in slices:
+        total = 0.0
+        for m, v in blocks(gather(means[part]), gather(logvars[part])):
+            ratio = v - shift
+            if cpu and len(ratio) > 4096 and float(ratio.amax()) < -0.5:  # e^a - 1 loses no digits
+                total -= float(ratio.sum()) + len(ratio)
+                total += float(ratio.exp_().sum())  # in a fifth of the time of expm1
+            else:
+                total = total + number((torch.expm1(ratio) - ratio).sum())
+            total = total + number(torch.dot(m, m)) / prior_var
+        totals.append(total * 0.5)
+    return totals
+
+
+def _slopes(
+    parameters: Sequence[Tensor],
+    slices: Sequence[slice],
+    factors: Sequence[tuple[Tensor, Tensor] | None],
+    kind: Kind = "draws",
+    of_outputs: Sequence[Tensor | None] = (),
+    spreads: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    r"""The gradients of all μ and then all log σ², from those of divergences and of outputs.
+
+    That of :math:`\frac{a}{2} (\mu^2 + \sigma^2) + b \log \sigma^2`, with a divergence's factors a
+    and b, one pair for each part, and that of outputs of which each spread is the deviation from
+    the mean, or the variance.
+    """
+    count = len(parameters) // 2
+    means, logvars = parameters[:count], parameters[count:]
+    weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
+    if torch.is_grad_enabled():  # second derivatives are wanted
+        inputs = factors, kind == "draws", weight, of_outputs, spreads
+        return _slopes_by_formula(means, logvars, slices, *inputs)
+    of_means: list[Tensor | None] = []
+    of_logvars: list[Tensor | None] = []
+    memory = room(means, slices, 2)
+    for i, part in enumerate(slices):
+        mean, logvar = gather(means[part]), gather(logvars[part])
+        of_mean, of_logvar = next(memory)
+        flat = [mean, logvar, of_mean, of_logvar]
+        if spreads:
+            pairs = zip(of_outputs[part], means[part], strict=True)
+            grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
+            flat += gather(grads), spreads[i]
+        factor = factors[i]
+        for m, v, of_m, of_v, *given in blocks(*flat):
+            if factor is None:
+                torch.mul(*given, out=of_v).mul_(weight)
+                of_m.copy_(given[0])
+                continue
+            by, less = factor
+            torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
+            if given:
+                of_v.addcmul_(*given, value=weight)
+            if given and kind == "draws":
+                torch.addcmul(given[0], m, by, out=of_m)
+            else:
+                torch.mul(m, by, out=of_m)
+        alone = factor is None and kind != "draws"  # the outputs do not depend on the means
+        of_means += [None] * len(means[part]) if alone else scatter(of_mean, means[part])
+        of_logvars += scatter(of_logvar, means[part])
+    return of_means + of_logvars
+
+
+def _slopes_by_formula(
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    slices: Sequence[slice],
+    factors: Sequence[tuple[Tensor, Tensor] | None],
+    of_draws: bool,
+    weight: float,
+    of_outputs: Sequence[Tensor | None],
+    spreads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """What :func:`_slopes` returns, differentiable."""
+    of_means: list[Any] = [torch.zeros_like(mean) for mean in means]
+    of_logvars: list[Any] = [torch.zeros_like(logvar) for logvar in logvars]
+    for i, part in enumerate(slices):
+        factor = factors[i]
+        spread = scatter(spreads[i], means[part]) if spreads else ()
+        for k in range(*part.indices(len(means))):
+            mean, logvar = means[k], logvars[k]
+            if factor is not None:
+                of_means[k] = of_means[k] + factor[0] * mean
+                of_logvars[k] = 0.5 * factor[0] * logvar.exp() + factor[1]
+            grad = of_outputs[k] if spreads else None
+            if grad is not None:
+                varied = spread[k - part.start] * (weight * (logvar - logvar.detach())).exp()
+                of_means[k] = of_means[k] + grad if of_draws else of_means[k]
+                of_logvars[k] = of_logvars[k] + weight * grad * varied
+    return of_means + of_logvars
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -106,13 +106,28 @@ class GaussianTensor(torch.Tensor):
         logvar: Tensor,
         name: str,
         noise: ContextNoise,
+        *,
         draw: Tensor | None = None,
+        deviation: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> GaussianTensor:
-        r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`."""
+        r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`.
+
+        Arguments:
+            mean: The means :math:`\mu`.
+            logvar: The log-variances :math:`\log \sigma^2`.
+            name: The name of the parameter.
+            noise: The noise of the context.
+            draw: Its one draw, if it is known.
+            deviation: That draw less the mean, if it is known.
+            spread: The variances :math:`\sigma^2`, if they are known.
+        """
 
         def sample() -> Tensor:
             if draw is not None:
                 return draw
+            if deviation is not None:
+                return mean + deviation
             return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
 
         def variance() -> Tensor:
@@ -126,7 +141,7 @@ class GaussianTensor(torch.Tensor):
             Axis(((name, str(dim)),), (size,), (None,)) if dim < 2 else None
             for dim, size in enumerate(mean.shape)
         ]
-        return cls(
+        made = cls(
             mean,
             variance,
             sample,
@@ -137,6 +152,8 @@ class GaussianTensor(torch.Tensor):
             noise=noise,
             posterior=(mean, logvar),
         )
+        made._get_variance.value, made._get_change.value = spread, deviation
+        return made
 
     def batched(self, shape: torch.Size) -> GaussianTensor:
         """Returns independent copies of the whole parameter, for several draws at a time.
@@ -263,26 +280,14 @@ class _Once:
         outside: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._compute, self._sources, self._outside = compute, sources, outside
-        self._value: Tensor | None = None
+        self.value: Tensor | None = None
 
     def __call__(self) -> Tensor:
         wanted = torch.is_grad_enabled() and any(s.requires_grad for s in self._sources)
-        if self._value is None or (wanted and not self._value.requires_grad):
+        if self.value is None or (wanted and not self.value.requires_grad):
             with self._outside():
-                self._value = self._compute()
-        return self._value
-
-
-def of_posterior(
-    posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise
-) -> dict[str, GaussianTensor]:
-    r"""Returns the Gaussian tensors of a posterior.
-
-    Arguments:
-        posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
-        noise: The noise of the context.
-    """
-    return {name: GaussianTensor.of(*q, name, noise) for name, q in posterior.items()}
+                self.value = self._compute()
+        return self.value
 
 
 def mean_of(value: Any) -> Any:

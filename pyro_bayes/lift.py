@@ -186,7 +186,9 @@ def stack(
         draws = math.prod(value.shape[: value.dim() - len(shape)])
         if draws > 1:
             batched[name] = draws
-        if isinstance(value, GaussianTensor):
+        if isinstance(value, GaussianTensor) and value.shape == shape:
+            stacked[name] = value
+        elif isinstance(value, GaussianTensor):
             stacked[name] = GaussianTensor.of(*value.posterior, name, value.noise)
         else:
             stacked[name] = value.reshape((draws, *shape) if draws > 1 else shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bayes import fused
 from pyro_bayes.batch_norm import warn_if_stale
 from pyro_bayes.checks import check_base, check_prior_var, is_number
-from pyro_bayes.gaussian_tensor import of_posterior
+from pyro_bayes.context import of_posterior
 from pyro_bayes.guide import MeanField
 from pyro_bayes.lifted import LiftedModule
 from pyro_bayes.noise import context_noise
@@ -111,6 +111,7 @@ class BayesianModel(LiftedModule):
         )
         super().__init__(base, prior, guide, choices)
         self._prior_var = float(prior_var)
+        self._latest = _Latest()
 
     # Draws
 
@@ -224,31 +225,13 @@ class BayesianModel(LiftedModule):
         """
         noise = context_noise(local_trick, batch_dim)
         with self._lock():
-            values: Mapping[str, Tensor] = (
-                self.sample_params()
-                if noise.estimator == "weights"
-                else of_posterior(self._guide.posterior(), noise)
-            )
+            posterior = self._guide.posterior()
+            values: Mapping[str, Tensor]
+            if noise.estimator == "weights":
+                values, self._latest.anchor = fused.outputs_and_anchor("draws", posterior)
+            else:
+                values, self._latest.anchor = of_posterior(posterior, noise)
             with self._hold(values) as base:
-                yield base
-
-    @contextmanager
-    def mean(self) -> Iterator[nn.Module]:
-        """Holds the posterior means in the base while the context is open, without gradients.
-
-        So does :attr:`base` where no other context is open. The mode stays what it is.
-
-        Yields:
-            The base.
-
-        Example:
-            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
-            >>> with bnn.mean() as net:
-            ...     prediction = net(x)
-        """
-        with self._lock():
-            base, originals = self.base, self._swap.originals
-            with self._hold({c.name: originals[c.name] for c in self._choices if c.included}):
                 yield base
 
     def predict(
@@ -355,7 +338,8 @@ class BayesianModel(LiftedModule):
         if prior_var is None:
             prior_var = self._prior_var
         check_prior_var(prior_var)
-        return fused.kl_divergence(self._guide.posterior(), float(prior_var))
+        anchor, self._latest.anchor = self._latest.anchor, None
+        return fused.kl_divergence(self._guide.posterior(), float(prior_var), anchor)
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -392,7 +376,16 @@ class BayesianModel(LiftedModule):
             uses = noise.uses = {}
             call = args[0] if callable(args[0]) else lambda base: base(*args)
             with self._lock(), undisturbed(self._base), torch.enable_grad():
-                values = of_posterior(self._guide.posterior(), noise)
+                values, _ = of_posterior(self._guide.posterior(), noise)
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_var, uses)
+
+
+class _Latest:
+    """The anchor of the latest draws, which copies and pickles do without."""
+
+    anchor: fused.Anchor | None = None
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return _Latest, ()

@@ -21,14 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from pyro_bayes.tally import Result, Tally, joined
 from pyro_bayes.tied import TiedModule
 
 Function: TypeAlias = Callable[..., Any]
-Result: TypeAlias = dict[Any, Tensor]  # the statistics of one tensor, by name or by level
 
 _STATISTICS = ("mean", "variance", "samples")
 _KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
-_BLOCK = 16_000_000  # torch.quantile takes no more elements at once
 _DELAY = 3.0  # seconds until the progress bar appears
 
 _quiet = threading.RLock()  # validation and filters of warnings are settings of the whole process
@@ -83,13 +82,13 @@ def predict(
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     call = _evaluation(x, function)
-    tally = partial(_Tally, total=num_samples, keys=(*names, *levels))
+    tally = partial(Tally, total=num_samples, keys=(*names, *levels))
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
     with model._lock(), torch.no_grad(), bar:
         run = _Run(model, _Draws(model, num_samples, seed), tally, chunk_size)
         run.bar = bar if progress else None
-        results = run(call) if call else _joined(list(map(run, batches(x, function))))
+        results = run(call) if call else joined(list(map(run, batches(x, function))))
     fields = {key: run.rebuild([r[key] for r in results]) for key in results[0]}
     mean, variance, samples = (fields.get(name) for name in _STATISTICS)
     return Prediction(mean, variance, {q: fields[q] for q in levels}, samples, num_samples)
@@ -161,7 +160,7 @@ class _Run:
         self._structure: Any = None
 
     def __call__(self, call: Function) -> list[Result]:
-        tallies: list[_Tally] = []
+        tallies: list[Tally] = []
         for outputs in self._outputs(call):
             tallies = tallies or [self._tally(output[0]) for output in outputs]
             for tally, values in zip(tallies, outputs, strict=True):
@@ -249,7 +248,7 @@ class _Draws:
             means = torch.cat([posterior[name][0].reshape(-1) for name in names])
             logvars = torch.cat([posterior[name][1].reshape(-1) for name in names])
             self._groups.append((names, means, logvars.mul_(0.5).exp_()))
-        self._buffers = [means.new_empty(0, len(means)) for _, means, _ in self._groups]
+        self._buffers = [means.new_empty(0, 0) for _, means, _ in self._groups]
         self._generators = [torch.Generator(means.device) for _, means, _ in self._groups]
         self.size = sum(len(means) for _, means, _ in self._groups)
         self._keeps = total * self.size <= _KEPT
@@ -265,10 +264,12 @@ class _Draws:
         draws = {}
         for i, (names, means, scales) in enumerate(self._groups):
             if self._keeps or len(self._buffers[i]) < count:
-                self._buffers[i] = means.new_empty(count, len(means))
-            buffer = self._buffers[i][:count]
-            for row in buffer.unbind():
-                row.normal_(generator=self._generators[i])
+                # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
+                self._buffers[i] = means.new_empty(count, -(-len(means) // 16) * 16)
+            rows = self._buffers[i][:count]
+            for part in [rows] if means.device.type == "cpu" else rows.unbind():
+                part.normal_(generator=self._generators[i])
+            buffer = rows[:, : len(means)]
             torch.addcmul(means, scales, buffer, out=buffer)
             parts = buffer.split([self._shapes[name].numel() for name in names], dim=1)
             for name, part in zip(names, parts, strict=True):
@@ -316,68 +317,6 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with nullcontext() if torch.compiler.is_compiling() else self.cost:
             return func(*args, **kwargs or {})
-
-
-class _Tally:
-    """The statistics of one tensor over draws that come in chunks.
-
-    Means and squared deviations are merged chunk by chunk, which is stable, and keeps no draws.
-    Quantiles are exact, and keep all draws as samples do. See `Algorithms for Computing the Sample
-    Variance <https://doi.org/10.1080/00031305.1983.10483115>`_ (Chan, Golub and LeVeque, 1983).
-    """
-
-    def __init__(self, like: Tensor, total: int, keys: Sequence[str | float]) -> None:
-        self._keys, self._shape, self._count = keys, like.shape, 0
-        self._levels = [key for key in keys if isinstance(key, float)]
-        dtype = torch.get_default_dtype()
-        if like.is_floating_point():
-            dtype = torch.promote_types(like.dtype, torch.float32)
-        self._mean = like.new_zeros(like.shape, dtype=dtype)
-        self._squares = torch.zeros_like(self._mean)
-        keeps = self._levels or "samples" in keys
-        self._samples = like.new_empty(total, *like.shape) if keeps else None
-
-    def add(self, values: Tensor) -> None:
-        known, more, shape = self._count, len(values), values.shape[1:]
-        if shape != self._shape:
-            raise ValueError(f"Expected outputs of one shape, {self._shape}; got {shape}.")
-        self._count += more
-        if self._samples is not None:
-            self._samples[known : self._count] = values
-        values = values.to(self._mean.dtype)
-        if more == 1:
-            mean = values[0]
-        else:
-            variance, mean = torch.var_mean(values, 0, correction=0)
-            self._squares.add_(variance, alpha=more)
-        change = mean - self._mean
-        self._mean.add_(change, alpha=more / self._count)
-        self._squares.addcmul_(change, change, value=known * more / self._count)
-
-    def result(self) -> Result:
-        found: Result = {"mean": self._mean, "variance": self._squares / max(self._count - 1, 1)}
-        if self._samples is not None:
-            found["samples"] = self._samples
-            levels = self._mean.new_tensor(self._levels)
-            columns = self._samples.reshape(self._count, -1)
-            blocks = columns.split(max(1, _BLOCK // self._count), dim=1) if self._levels else ()
-            parts = [torch.quantile(block.to(levels.dtype), levels, dim=0) for block in blocks]
-            for level, *values in zip(self._levels, *parts, strict=True):
-                found[level] = torch.cat(values).view(self._shape)
-        return {key: found[key] for key in self._keys}
-
-
-def _joined(parts: Sequence[Sequence[Result]]) -> list[Result]:
-    """Joins the statistics of batches along the dimension that counts examples."""
-    if not parts:
-        raise ValueError("Expected x to have at least one batch; got none.")
-    joined = []
-    for results in zip(*parts, strict=True):
-        dims = {key: int(key == "samples") for key in results[0]}
-        if any(results[0][key].dim() <= dim for key, dim in dims.items()):
-            raise ValueError("Expected outputs with a dimension for examples; got a scalar.")
-        joined.append({key: torch.cat([r[key] for r in results], d) for key, d in dims.items()})
-    return joined
 
 
 def _check(draws: Any, names: Any, levels: Any, function: Any, size: Any, source: Any) -> None:

@@ -13,7 +13,8 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
-from pyro_bayes import fused
+from pyro_bayes import flat, fused
+from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.tree import plant
 
@@ -74,9 +75,26 @@ class Prior(dist.Independent):
                 kl = divergences(self._variance)[value.parameter]
             return -kl.expand(self.batch_shape)
         dims = tuple(range(-len(self.event_shape), 0))
-        squares: Tensor = value.square().sum(dims) if dims else value.square()
         constant = self.event_shape.numel() * math.log(2 * math.pi * self._variance)
-        return -0.5 * (squares / self._variance + constant)
+        if value.shape == self.event_shape and value.numel() > flat.BLOCK and not transformed():
+            squares: Tensor = _SquaredNorm.apply(value)
+        else:
+            squares = value.square().sum(dims) if dims else value.square()
+        return squares * (-0.5 / self._variance) - 0.5 * constant
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """The sum of squares of a large tensor, and its gradient, in one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return torch.stack([torch.dot(v, v) for (v,) in flat.blocks(value.reshape(-1))]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Tensor:
+        value: Tensor = ctx.saved_tensors[0]
+        return value * (2 * grad)
 
 
 class GaussianPrior(PyroModule):

@@ -51,9 +51,8 @@ class Posterior(dist.Independent):
         if value is not normal.draw or self._noise is None:
             return super().log_prob(value)  # type: ignore[no-any-return]
         with torch.no_grad():
-            squares = self._noise.square().sum() + value.numel() * math.log(2 * math.pi)
-        density: Tensor = -0.5 * (normal.logvar.sum() + squares)
-        return density
+            constant = self._noise.square().sum().add_(value.numel() * math.log(2 * math.pi))
+        return torch.add(normal.logvar.sum(), constant).mul(-0.5)
 
 
 class _Normal(dist.Normal):

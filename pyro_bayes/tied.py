@@ -87,6 +87,26 @@ class TiedModule(PyroModule):
         r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
         return self.guide.logvars
 
+    @contextmanager
+    def mean(self) -> Iterator[nn.Module]:
+        """Holds the posterior means in the base while the context is open, without gradients.
+
+        So does :attr:`base` where no other context is open. The mode stays what it is.
+
+        Yields:
+            The base.
+
+        Example:
+            >>> from pyro_bayes import BayesianModel
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.mean() as net:
+            ...     prediction = net(x)
+        """
+        with self._lock():
+            base, originals = self.base, self._swap.originals
+            with self._hold({c.name: originals[c.name] for c in self._choices if c.included}):
+                yield base
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,15 +1,26 @@
 """Fused draws and divergences, against the formulas for one parameter."""
 
+import copy
 import math
+import pickle
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from pyro_bayes import BayesianModel, fused, gaussian
+from pyro_bayes import BayesianModel, flat, fused, gaussian
 
 SHAPES = {"w": (4, 3), "b": (5,), "s": ()}
+
+
+@pytest.fixture(params=[flat.BLOCK, 7, 1], autouse=True)
+def block(request, monkeypatch):
+    """Parameters side by side, in several parts, and in blocks."""
+    monkeypatch.setattr(flat, "BLOCK", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -37,16 +48,58 @@ def noisy(posterior, values):
     return tuple(fused.draws(rebuilt(posterior, values)).values())
 
 
-def test_draws_are_those_of_the_formula(posterior):
+def test_draws_are_those_of_the_formula(posterior, block):
+    torch.manual_seed(1)
+    draws = fused.draws_and_noise(posterior)
+    torch.manual_seed(1)
+    noise = torch.randn(18, dtype=torch.float64)
+    epsilons = dict(zip(SHAPES, noise.split([12, 5, 1]), strict=True))
+    assert list(draws) == list(SHAPES)
+    for name, (draw, epsilon) in draws.items():
+        torch.testing.assert_close(draw, gaussian.draw(*posterior[name], epsilon))
+        if block > 18:
+            torch.testing.assert_close(epsilon, epsilons[name].view(SHAPES[name]))
+    assert len({e.item() for _, epsilon in draws.values() for e in epsilon.view(-1)}) == 18
+
+
+def test_draws_are_the_same_with_and_without_a_graph(posterior):
+    torch.manual_seed(1)
+    expected = fused.draws(posterior)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        torch.testing.assert_close(fused.draws(posterior), expected, rtol=0, atol=0)
+
+
+def test_deviations_and_variances_are_those_of_draws(posterior):
     torch.manual_seed(1)
     draws = fused.draws(posterior)
     torch.manual_seed(1)
-    flat = torch.randn(18, dtype=torch.float64)
-    epsilons = dict(zip(SHAPES, flat.split([12, 5, 1]), strict=True))
-    assert list(draws) == list(SHAPES)
-    for name, draw in draws.items():
-        expected = gaussian.draw(*posterior[name], epsilons[name].view(SHAPES[name]))
-        torch.testing.assert_close(draw, expected)
+    deviations, _ = fused.outputs_and_anchor("deviations", posterior)
+    variances, _ = fused.outputs_and_anchor("variances", posterior)
+    for name, (mean, logvar) in posterior.items():
+        torch.testing.assert_close(mean + deviations[name], draws[name])
+        torch.testing.assert_close(variances[name], logvar.exp())
+    grads = torch.autograd.grad(deviations["w"].sum(), posterior["w"], allow_unused=True)
+    assert grads[0] is None
+    torch.testing.assert_close(grads[1], 0.5 * deviations["w"].detach())
+
+
+def test_draws_may_be_changed_in_place(posterior):
+    draws = fused.draws(posterior)
+    before = draws["b"].detach().clone()
+    draws["w"].mul_(2)
+    torch.testing.assert_close(draws["b"], before)
+    draws["w"].sum().backward()
+    torch.testing.assert_close(posterior["w"][0].grad, torch.full((4, 3), 2.0).double())
+
+
+def test_layouts_of_any_kind():
+    weight = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    posterior = {"w": (weight, torch.zeros(2, 3, 2, 2, requires_grad=True))}
+    draw, epsilon = fused.draws_and_noise(posterior)["w"]
+    torch.testing.assert_close(draw, gaussian.draw(*posterior["w"], epsilon))
+    fused.kl_divergence(posterior, 1.0).backward()
+    torch.testing.assert_close(weight.grad, weight.detach())
 
 
 @pytest.mark.parametrize("prior_var", [1.0, 0.1])
@@ -62,6 +115,17 @@ def test_divergence_of_a_posterior_close_to_the_prior_keeps_its_digits():
     assert fused.kl_divergence(posterior, 1.0).item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_divergence_of_many_elements_far_from_the_prior(block):
+    logvar = torch.linspace(-9, -3, 10_000).requires_grad_()
+    posterior = {"w": (torch.randn(10_000), logvar)}
+    double = [p.detach().double() for p in posterior["w"]]
+    expected = gaussian.kl_divergence(*double, 0.1).item()
+    found = fused.kl_divergence(posterior, 0.1)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    found.backward()
+    torch.testing.assert_close(logvar.grad, 0.5 * (10 * logvar.exp() - 1).detach())
+
+
 def test_derivatives_of_first_and_second_order(posterior):
     def draws(*values):
         return noisy(posterior, values)
@@ -69,7 +133,14 @@ def test_derivatives_of_first_and_second_order(posterior):
     def divergence(*values):
         return fused.kl_divergence(rebuilt(posterior, values), 0.3)
 
-    for function in (draws, divergence):
+    def both(kind, *values):
+        torch.manual_seed(1)
+        outputs, anchor = fused.outputs_and_anchor(kind, rebuilt(posterior, values))
+        kl = fused.kl_divergence(rebuilt(posterior, values), 0.3, anchor)
+        return kl, *outputs.values()
+
+    kinds = [partial(both, kind) for kind in get_args(fused.Kind)]
+    for function in (draws, divergence, *kinds):
         assert torch.autograd.gradcheck(function, leaves(posterior), check_undefined_grad=False)
         assert torch.autograd.gradgradcheck(function, leaves(posterior))
 
@@ -107,6 +178,69 @@ def test_parameters_of_two_types_keep_their_order():
 def test_divergence_keeps_the_type_of_the_parameters():
     half = {"a": (torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16())}
     assert fused.kl_divergence(half, 1.0).dtype == torch.bfloat16
+
+
+ORDERS = {
+    "together": lambda nll, kl: (nll + kl).backward(),
+    "likelihood first": lambda nll, kl: (nll.backward(), kl.backward()),
+    "divergence first": lambda nll, kl: (kl.backward(), nll.backward()),
+    "twice": lambda nll, kl: ((nll + kl).backward(retain_graph=True), (nll + kl).backward()),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_of_draws_and_a_divergence_of_the_same_posterior(posterior, order):
+    def gradients(shared):
+        torch.manual_seed(1)
+        draws, anchor = fused.outputs_and_anchor("draws", posterior)
+        kl = fused.kl_divergence(posterior, 0.3, anchor if shared else None)
+        assert (type(kl.grad_fn).__name__ == "_AnchoredBackward") == shared
+        nll = draws["w"].square().sum() * draws["s"]  # "b" is not used
+        for leaf in leaves(posterior):
+            leaf.grad = None
+        ORDERS[order](nll, kl)
+        return [leaf.grad for leaf in leaves(posterior)]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_a_divergence_shares_no_node_with_draws_of_another_posterior(posterior):
+    _, anchor = fused.outputs_and_anchor("draws", posterior)
+    other = {name: (mean.detach(), logvar) for name, (mean, logvar) in posterior.items()}
+    assert not anchor.is_of(other)
+    with torch.no_grad():
+        assert not fused.kl_divergence(posterior, 1.0, anchor).requires_grad
+        posterior["b"][0].add_(1)
+    assert not anchor.is_of(posterior)
+    fused.kl_divergence(posterior, 0.5, anchor).backward()
+    torch.testing.assert_close(posterior["b"][0].grad, 2 * posterior["b"][0].detach())
+
+
+def test_gradients_after_a_change_in_place_are_refused(posterior):
+    draws = fused.draws(posterior)
+    with torch.no_grad():
+        posterior["b"][0].add_(1)
+    with pytest.raises(RuntimeError, match=r"Call backward\(\) before"):
+        draws["w"].sum().backward()
+
+
+def test_a_model_forgets_its_draws():
+    bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(bnn.parameters(), lr=0.1)
+    with bnn.reparameterize() as model:
+        model(x).square().sum().backward()
+    copy.deepcopy(bnn), pickle.dumps(bnn)
+    optimizer.step()
+    optimizer.zero_grad()
+    bnn.kl_divergence().backward()  # of the posterior as it is after the step
+    torch.testing.assert_close(bnn.guide.means.weight.grad, bnn.base.weight.detach())
+    with bnn.reparameterize() as model:
+        model(x)
+    nn.init.zeros_(bnn.base.weight)
+    nn.init.zeros_(bnn.base.bias)
+    a = torch.cat([p.detach().view(-1) for p in bnn.guide.logvars.parameters()]).double()
+    expected = 0.5 * (a.expm1() - a).sum().item()
+    assert bnn.kl_divergence().item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("local_trick", [False, True, "flipout"])

@@ -141,7 +141,7 @@ def test_moments_are_stable_far_from_zero(bnn, data):
 
 def test_quantiles_of_many_outputs_are_taken_in_blocks(bnn, data, monkeypatch):
     whole = bnn.predict(data[0], 50, quantiles=0.3, generator=seeded())
-    monkeypatch.setattr("pyro_bayes.predict._BLOCK", 150)
+    monkeypatch.setattr("pyro_bayes.tally._BLOCK", 150)
     parts = bnn.predict(data[0], 50, quantiles=0.3, generator=seeded())
     assert torch.equal(whole.quantiles[0.3], parts.quantiles[0.3])
 

@@ -97,8 +97,14 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     with torch._C.DisableTorchFunctionSubclass():  # gaussian_tensor
         pass
     assert callable(torch.utils._python_dispatch.TorchDispatchMode)  # predict
-    for operator in ("mul", "mul_", "add", "sub", "exp_", "expm1", "norm"):  # fused
-        assert callable(getattr(torch, f"_foreach_{operator}"))
+    pair = [torch.zeros(2, 1), torch.ones(())]
+    side_by_side = torch._utils._flatten_dense_tensors(pair)  # flat
+    torch.testing.assert_close(torch._utils._unflatten_dense_tensors(side_by_side, pair), pair)
+    with torch._C._ExcludeDispatchKeyGuard(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)  # flat
+    ):
+        assert not side_by_side.view(3, 1)._is_view()
+    assert side_by_side._version == 0  # fused
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
 

@@ -21,7 +21,7 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_bayes import BayesianModel
+from pyro_bayes import BayesianModel, flat
 from pyro_bayes.guide import MeanField
 
 
@@ -343,7 +343,9 @@ def test_trace_replay_condition_mask_scale(bnn, data):
     torch.testing.assert_close(scaled.log_prob_sum(), 2 * trace.log_prob_sum())
 
 
-def test_log_prob_of_the_sites_is_that_of_prior_and_posterior(bnn, data):
+@pytest.mark.parametrize("block", [flat.BLOCK, 1])
+def test_log_prob_of_the_sites_is_that_of_prior_and_posterior(bnn, data, block, monkeypatch):
+    monkeypatch.setattr(flat, "BLOCK", block)
     guide_trace = poutine.trace(bnn.guide).get_trace()
     trace = poutine.trace(poutine.replay(make_model(bnn), trace=guide_trace)).get_trace(*data)
     guide_trace.compute_log_prob()
@@ -354,7 +356,10 @@ def test_log_prob_of_the_sites_is_that_of_prior_and_posterior(bnn, data):
         q = torch.distributions.Normal(mean, (0.5 * logvars[name]).exp())
         p = torch.distributions.Normal(0.0, 1.0)
         torch.testing.assert_close(guide_trace.nodes[name]["log_prob"], q.log_prob(value).sum())
-        torch.testing.assert_close(trace.nodes[name]["log_prob"], p.log_prob(value).sum())
+        density = trace.nodes[name]["log_prob"]
+        torch.testing.assert_close(density, p.log_prob(value).sum())
+        gradient = torch.autograd.grad(density, value, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, -value / bnn._prior_var)
 
 
 def test_facade_and_guide_draw_the_same_under_a_seed(bnn):

@@ -1,0 +1,89 @@
+"""Statistics of a tensor over draws that come in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Result: TypeAlias = dict[str | float, Tensor]
+
+_BLOCK = 16_000_000  # torch.quantile takes no more elements at once
+
+
+class Tally:
+    """The statistics of one tensor over draws that come in chunks.
+
+    Means and squared deviations are merged chunk by chunk, which is stable, and keeps no draws.
+    Quantiles are exact, and keep all draws as samples do. See `Algorithms for Computing the Sample
+    Variance <https://doi.org/10.1080/00031305.1983.10483115>`_ (Chan, Golub and LeVeque, 1983).
+
+    Arguments:
+        like: The tensor of one draw.
+        total: The number of draws.
+        keys: The names of the statistics, and the levels of quantiles.
+
+    Example:
+        >>> tally = Tally(torch.empty(()), 3, ("mean", "variance", 0.5))
+        >>> tally.add(torch.tensor([1.0, 2.0])), tally.add(torch.tensor([6.0]))
+        (None, None)
+        >>> tally.result()
+        {'mean': tensor(3.), 'variance': tensor(7.), 0.5: tensor(2.)}
+    """
+
+    def __init__(self, like: Tensor, total: int, keys: Sequence[str | float]) -> None:
+        self._keys, self._shape, self._count = keys, like.shape, 0
+        self._levels = [key for key in keys if isinstance(key, float)]
+        dtype = torch.get_default_dtype()
+        if like.is_floating_point():
+            dtype = torch.promote_types(like.dtype, torch.float32)
+        self._mean = like.new_zeros(like.shape, dtype=dtype)
+        self._squares = torch.zeros_like(self._mean)
+        keeps = self._levels or "samples" in keys
+        self._samples = like.new_empty(total, *like.shape) if keeps else None
+
+    def add(self, values: Tensor) -> None:
+        """Adds the values of several draws, of shape `(count, *)`."""
+        known, more, shape = self._count, len(values), values.shape[1:]
+        if shape != self._shape:
+            raise ValueError(f"Expected outputs of one shape, {self._shape}; got {shape}.")
+        self._count += more
+        if self._samples is not None:
+            self._samples[known : self._count] = values
+        values = values.to(self._mean.dtype)
+        if more == 1:
+            mean = values[0]
+        else:
+            variance, mean = torch.var_mean(values, 0, correction=0)
+            self._squares.add_(variance, alpha=more)
+        change = mean - self._mean
+        self._mean.add_(change, alpha=more / self._count)
+        self._squares.addcmul_(change, change, value=known * more / self._count)
+
+    def result(self) -> Result:
+        """Returns the statistics by name or level."""
+        found: Result = {"mean": self._mean, "variance": self._squares / max(self._count - 1, 1)}
+        if self._samples is not None:
+            found["samples"] = self._samples
+            levels = self._mean.new_tensor(self._levels)
+            columns = self._samples.reshape(self._count, -1)
+            blocks = columns.split(max(1, _BLOCK // self._count), dim=1) if self._levels else ()
+            parts = [torch.quantile(block.to(levels.dtype), levels, dim=0) for block in blocks]
+            for level, *values in zip(self._levels, *parts, strict=True):
+                found[level] = torch.cat(values).view(self._shape)
+        return {key: found[key] for key in self._keys}
+
+
+def joined(parts: Sequence[Sequence[Result]]) -> list[Result]:
+    """Joins the statistics of batches along the dimension that counts examples."""
+    if not parts:
+        raise ValueError("Expected x to have at least one batch; got none.")
+    joined = []
+    for results in zip(*parts, strict=True):
+        dims = {key: int(key == "samples") for key in results[0]}
+        if any(results[0][key].dim() <= dim for key, dim in dims.items()):
+            raise ValueError("Expected outputs with a dimension for examples; got a scalar.")
+        joined.append({key: torch.cat([r[key] for r in results], d) for key, d in dims.items()})
+    return joined
