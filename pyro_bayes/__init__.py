@@ -11,8 +11,10 @@ objects, while the network keeps its class and structure.
 """
 
 import pyro_bayes.rules  # noqa: F401  (fills the registry)
+from pyro_bayes import likelihoods
 from pyro_bayes.model import BayesianModel
+from pyro_bayes.objective import ELBO, svi_model
 
-__all__ = ["BayesianModel"]
+__all__ = ["ELBO", "BayesianModel", "likelihoods", "svi_model"]
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes import fused
+from pyro_bayes.batch_norm import warn_if_stale
 from pyro_bayes.checks import check_base, check_prior_var, is_number
 from pyro_bayes.context import of_posterior
 from pyro_bayes.guide import MeanField
@@ -294,6 +295,7 @@ class BayesianModel(LiftedModule):
             (torch.Size([5, 1]), torch.Size([5, 1]))
             >>> total = (prediction.variance + 0.1**2).sqrt()  # with the noise of the likelihood
         """
+        warn_if_stale(self)
         return predict(
             self,
             x,

@@ -88,7 +88,7 @@ def predict(
     with model._lock(), torch.no_grad(), bar:
         run = _Run(model, _Draws(model, num_samples, seed), tally, chunk_size)
         run.bar = bar if progress else None
-        results = run(call) if call else joined(list(map(run, _batches(x, function))))
+        results = run(call) if call else joined(list(map(run, batches(x, function))))
     fields = {key: run.rebuild([r[key] for r in results]) for key in results[0]}
     mean, variance, samples = (fields.get(name) for name in _STATISTICS)
     return Prediction(mean, variance, {q: fields[q] for q in levels}, samples, num_samples)
@@ -112,7 +112,8 @@ def _evaluation(x: Any, function: Function | None) -> Function | None:
     return x if callable(x) else None
 
 
-def _batches(x: Iterable[Any], function: Function | None) -> Iterator[Function]:
+def batches(x: Iterable[Any], function: Function | None) -> Iterator[Function]:
+    """Yields what to evaluate for each batch, a function of the base."""
     for batch in x:
         parts = tuple(batch) if type(batch) is list else batch
         if function is None and (isinstance(parts, Mapping) or type(parts) is tuple):

@@ -45,7 +45,7 @@ def claim(name: str, owner: object) -> str:
         found = f"{name}_{number}"
     _owners[found] = weakref.ref(owner)
     store = pyro.get_param_store()
-    parts = tuple(f"{found}.{part}." for part in ("means", "logvars", "base"))
+    parts = tuple(f"{found}.{part}." for part in ("means", "logvars", "base", "likelihood"))
     for key, held in list(store.named_parameters()):
         if key.startswith(parts) and _registered.get(id(held), lambda: None)() is held:
             del store[key]

@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bayes import store
+from pyro_bayes.batch_norm import Stamp, stamp
 from pyro_bayes.guide import MeanField
 from pyro_bayes.prior import GaussianPrior
 from pyro_bayes.selection import Choice
@@ -74,6 +75,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
+        self._stamp: Stamp | None = stamp(self)
 
     @property
     def means(self) -> nn.Module:
@@ -84,6 +86,26 @@ class TiedModule(PyroModule):
     def logvars(self) -> nn.Module:
         r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
         return self.guide.logvars
+
+    @contextmanager
+    def mean(self) -> Iterator[nn.Module]:
+        """Holds the posterior means in the base while the context is open, without gradients.
+
+        So does :attr:`base` where no other context is open. The mode stays what it is.
+
+        Yields:
+            The base.
+
+        Example:
+            >>> from pyro_bayes import BayesianModel
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.mean() as net:
+            ...     prediction = net(x)
+        """
+        with self._lock():
+            base, originals = self.base, self._swap.originals
+            with self._hold({c.name: originals[c.name] for c in self._choices if c.included}):
+                yield base
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -203,6 +225,12 @@ class TiedModule(PyroModule):
     def _stored(self) -> dict[str, nn.Parameter]:
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
+    def _versions(self) -> tuple[int, ...]:
+        """Returns torch's counts of changes in place of each parameter."""
+        posterior = (p for pair in self._guide.posterior().values() for p in pair)
+        excluded = (self._swap.originals[c.name] for c in self._choices if not c.included)
+        return tuple(parameter._version for parameter in (*posterior, *excluded))
+
     def _pull(self) -> None:
         self._guide.posterior()
         store.pull(self._stored())
@@ -240,8 +268,10 @@ class TiedModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
+        fresh = self._stamp == stamp(self)
         super()._apply(fn, recurse)
         self._replaced()
+        self._stamp = stamp(self) if fresh else None
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -254,7 +284,8 @@ class TiedModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
-        state = dict(super().__getstate__())
+        # Counters of changes start anew in a copy.
+        state = dict(super().__getstate__(), _stamp=self._stamp == stamp(self))
         return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -262,6 +293,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
+        self._stamp = stamp(self) if state["_stamp"] else None
 
 
 def _forget(key: int, _: Any) -> None:
@@ -288,6 +320,7 @@ def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any
 
 def _after_load(model: TiedModule, keys: Any) -> None:
     model._replaced()
+    model._stamp = stamp(model)
     # What is missing of the included parameters is missing of the means, and named there.
     missing = set(keys.missing_keys)
     for choice in model._choices:

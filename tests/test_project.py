@@ -18,12 +18,14 @@ import pyro_bayes
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["pyro_bayes"] + [
-    f"pyro_bayes.{module.name}" for module in pkgutil.iter_modules(pyro_bayes.__path__)
+    module.name
+    for module in pkgutil.walk_packages(pyro_bayes.__path__, "pyro_bayes.")
+    if not module.name.endswith("__main__")
 ]
 
 
 def test_door():
-    assert pyro_bayes.__all__ == ["BayesianModel"]
+    assert pyro_bayes.__all__ == ["ELBO", "BayesianModel", "likelihoods", "svi_model"]
 
 
 @pytest.mark.parametrize("name", MODULES)
