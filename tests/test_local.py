@@ -287,3 +287,29 @@ def test_ordinary_calls_that_once_failed(local_trick):
         bnn = BayesianModel(module)
         with bnn.reparameterize(local_trick) as model:
             assert model(x).shape == bnn.base(x).shape
+
+
+def test_second_derivatives_at_fixed_noise():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    parameters = list(bnn.guide.parameters())
+
+    def loss(*_):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=True) as model:
+            return model(x).square().sum()
+
+    assert torch.autograd.gradgradcheck(loss, (x, *parameters))
+
+
+def test_second_derivatives_where_there_is_no_variance():
+    bnn = BayesianModel(nn.Linear(3, 2, bias=False), init_logvar=-2.0)
+    x = torch.zeros(4, 3, requires_grad=True)
+    with bnn.reparameterize(local_trick=True) as model:
+        loss = (model(x) - 1).square().sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (found,) = torch.autograd.grad(slope.square().sum(), x)
+    weight = bnn.base.weight.detach()
+    expected = 2 * 2 * slope.detach() @ weight.T @ weight
+    torch.testing.assert_close(found, expected)
