@@ -313,3 +313,18 @@ def test_second_derivatives_where_there_is_no_variance():
     weight = bnn.base.weight.detach()
     expected = 2 * 2 * slope.detach() @ weight.T @ weight
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_in_a_context_that_was_opened_without(mode, local_trick):
+    bnn, x = BayesianModel(nn.Linear(3, 2), init_logvar=-2.0), torch.randn(5, 3)
+    with mode(), bnn.reparameterize(local_trick) as model:
+        before = model(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            during = model(x)
+        after = model(x)
+    torch.testing.assert_close(before, after)
+    torch.testing.assert_close(during, before.clone())
+    gradients = torch.autograd.grad(during.square().sum(), list(bnn.guide.parameters()))
+    assert all(gradient.any() for gradient in gradients)
