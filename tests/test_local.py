@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from rule_cases import Weighted
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -328,3 +329,14 @@ def test_gradients_in_a_context_that_was_opened_without(mode, local_trick):
     torch.testing.assert_close(during, before.clone())
     gradients = torch.autograd.grad(during.square().sum(), list(bnn.guide.parameters()))
     assert all(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+def test_forward_differentiation(local_trick):
+    bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3, requires_grad=True)
+    with bnn.reparameterize(local_trick) as model:
+        expected = torch.autograd.grad(model(x).sum(), x)[0].sum(1, keepdim=True)
+        with forward_ad.dual_level():
+            output = model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+            torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected)
