@@ -298,6 +298,14 @@ def test_gradients_after_a_change_in_place_are_refused(posterior):
         draws["w"].sum().backward()
 
 
+def test_the_graph_keeps_draws_as_long_as_it_is_needed(posterior):
+    draw = fused.draws(posterior)["w"]
+    draw.sum().backward(retain_graph=True)
+    assert draw.grad_fn.spreads is not None
+    draw.sum().backward()
+    assert draw.grad_fn.spreads is None
+
+
 def test_a_model_forgets_its_draws():
     bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
     optimizer = torch.optim.SGD(bnn.parameters(), lr=0.1)

@@ -323,12 +323,13 @@ def test_gradients_in_a_context_that_was_opened_without(mode, local_trick):
     with mode(), bnn.reparameterize(local_trick) as model:
         before = model(x)
         with torch.inference_mode(False), torch.enable_grad():
-            during = model(x)
+            during, weight = model(x), model.weight.sin()  # which takes one draw
         after = model(x)
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(during, before.clone())
-    gradients = torch.autograd.grad(during.square().sum(), list(bnn.guide.parameters()))
-    assert all(gradient.any() for gradient in gradients)
+    for output in (during, weight):
+        gradients = torch.autograd.grad(output.square().sum(), bnn.guide.logvars.weight)
+        assert all(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
