@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from pyro_bayes import BayesianModel, flat, fused, gaussian
 from pyro_bayes.gaussian_tensor import change_of, drawn, variance_of
+from pyro_bayes.prior import Prior
 
 SHAPES = {"w": (4, 3), "b": (5,), "s": ()}
 
@@ -383,3 +384,11 @@ def test_transforms_go_through_the_whole_model(local_trick):
     many = {n: torch.stack([p.detach()] * 3) for n, p in parameters.items()}
     losses = vmap(lambda p: functional_call(loss, p, (x,)), randomness="different")(many)
     assert len(losses.unique()) == 3
+
+
+def test_density_of_many_elements():
+    prior, values = Prior(torch.Size([20]), 0.5, torch.zeros(())), torch.randn(3, 20)
+    expected = torch.distributions.Normal(0, 0.5**0.5).log_prob(values).sum(-1)
+    torch.testing.assert_close(prior.log_prob(values), expected)
+    torch.testing.assert_close(vmap(prior.log_prob)(values), expected)
+    torch.testing.assert_close(torch.stack(list(map(prior.log_prob, values))), expected)
