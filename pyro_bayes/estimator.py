@@ -152,11 +152,13 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any, of_scale: Any) -> tuple[Tensor | None, ...]:
         scale, epsilon = ctx.saved_tensors
-        if torch.is_grad_enabled() or grad is None:
-            terms = [grad * epsilon] if grad is not None else []
-            terms += [of_scale] if of_scale is not None else []
-            return grad, sum(terms) / (2 * scale) if terms else None, None
-        return grad, torch.mul(grad, epsilon).div_(scale).mul_(0.5), None
+        if grad is not None and of_scale is None and not torch.is_grad_enabled():
+            return grad, torch.mul(grad, epsilon).div_(scale).mul_(0.5), None
+        # Second derivatives come back to the scale. Where it stands for none, they are none.
+        terms = [grad * epsilon] if grad is not None else []
+        terms += [of_scale] if of_scale is not None else []
+        some = scale > 2 * torch.finfo(scale.dtype).tiny ** 0.5
+        return grad, torch.where(some, sum(terms) / (2 * scale), 0.0) if terms else None, None
 
 
 def as_usable(operator: str, value: Any) -> Any:

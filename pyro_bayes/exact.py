@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import pyro
+import torch
 
 from pyro_bayes import fused
 from pyro_bayes.context import of_posterior
@@ -53,7 +54,9 @@ class ExactKL:
             sites = self._guide.sites
             posterior = {name: self._guide.statements(site) for site, name in sites.items()}
             gaussians, _ = of_posterior(posterior, noise)
-            noise.divergences = lru_cache(partial(fused.kl_divergences, posterior))
+            # What was computed without a gradient does not serve where one is wanted.
+            known = lru_cache(lambda variance, _: fused.kl_divergences(posterior, variance))
+            noise.divergences = lambda variance: known(variance, torch.is_grad_enabled())
             for site, name in sites.items():
                 values[site] = pyro.sample(site, Posterior(*posterior[name], gaussians[name]))
         return values

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.autograd import forward_ad
 
 BLOCK = 2**17
 
@@ -96,5 +97,7 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def transformed() -> bool:
-    """Tells whether a compiler or a transform of `torch.func` is at work."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    """Tells whether a compiler, a `torch.func` transform or forward differentiation is at work."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    return forward_ad._current_level >= 0

@@ -93,13 +93,16 @@ class Anchor:
     def __init__(self, groups: Sequence[tuple[_Group, Sequence[Tensor]]]) -> None:
         self.groups = groups
         self._parameters = [p for (_, m, v), _ in groups for p in (*m, *v)]
-        self._versions = _versions(self._parameters)
+        self._state = self._look()
 
     def is_of(self, posterior: Posterior) -> bool:
         """Tells whether the posterior is the one that was drawn from, and has not changed since."""
         pairs = {id(p) for pair in posterior.values() for p in pair}
-        same = pairs == set(map(id, self._parameters))
-        return same and _versions(self._parameters) == self._versions
+        return pairs == set(map(id, self._parameters)) and self._look() == self._state
+
+    def _look(self) -> list[Any]:
+        kinds = [(p.dtype, p.requires_grad) for p in self._parameters]
+        return [*_versions(self._parameters), *kinds]
 
 
 def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
@@ -118,7 +121,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
         tensor(3.4603)
     """
     terms = []
-    if anchor and torch.is_grad_enabled() and anchor.is_of(posterior):
+    if anchor and not transformed() and anchor.is_of(posterior):
         for (_, means, logvars), outputs in anchor.groups:
             terms.append(_Anchored.apply(prior_var, (*means, *logvars), *outputs))
     else:
@@ -174,7 +177,8 @@ def _noise(means: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+    # What was made in inference mode has no version.
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class _Outputs(torch.autograd.Function):
@@ -230,11 +234,18 @@ class _Outputs(torch.autograd.Function):
         slices = parts(ctx.parameters[: len(of_outputs)])
         spreads: Sequence[Tensor] = ()
         if any(grad is not None for grad in of_outputs):
-            spreads, ctx.spreads = ctx.spreads or ctx.saved_tensors, None
+            spreads = ctx.spreads or ctx.saved_tensors
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.spreads = None
         if not spreads and by is None:
             return (None,) * len(ctx.needs_input_grad)
         factors = [None if by is None else (by, less)] * len(slices)
-        return None, None, *_slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads)
+        slopes = _slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads)
+        # What no output depends on that was used gets none, as if each had a node of its own.
+        unused = [by is None and grad is None for grad in of_outputs]
+        alone = [by is None and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
+        found = (None if u else s for u, s in zip(alone + unused, slopes, strict=True))
+        return None, None, *found
 
 
 class _Divergences(torch.autograd.Function):
@@ -315,7 +326,8 @@ def _slopes(
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
     weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
-    if torch.is_grad_enabled():  # second derivatives are wanted
+    of_outputs = [g.to_dense() if g is not None and g.is_sparse else g for g in of_outputs]
+    if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
         inputs = factors, kind == "draws", weight, of_outputs, spreads
         return _slopes_by_formula(means, logvars, slices, *inputs)
     of_means: list[Tensor | None] = []
@@ -343,8 +355,7 @@ def _slopes(
                 torch.addcmul(given[0], m, by, out=of_m)
             else:
                 torch.mul(m, by, out=of_m)
-        alone = factor is None and kind != "draws"  # the outputs do not depend on the means
-        of_means += [None] * len(means[part]) if alone else scatter(of_mean, means[part])
+        of_means += scatter(of_mean, means[part])
         of_logvars += scatter(of_logvar, means[part])
     return of_means + of_logvars
 

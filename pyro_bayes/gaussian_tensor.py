@@ -127,7 +127,7 @@ class GaussianTensor(torch.Tensor):
             if draw is not None:
                 return draw
             if deviation is not None:
-                return mean + deviation
+                return mean + change()
             return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
 
         def variance() -> Tensor:
@@ -135,7 +135,12 @@ class GaussianTensor(torch.Tensor):
             return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
 
         def change() -> Tensor:
-            return (0.5 * logvar).exp() * noise.of_parameter(name, mean)
+            if deviation is None:
+                return (0.5 * logvar).exp() * noise.of_parameter(name, mean)
+            if deviation.requires_grad or not torch.is_grad_enabled():
+                return deviation
+            # It was made without a gradient, maybe in inference mode, and has one from now on.
+            return deviation.clone() * (0.5 * (logvar - logvar.detach())).exp()
 
         axes: list[Axis | None] = [
             Axis(((name, str(dim)),), (size,), (None,)) if dim < 2 else None

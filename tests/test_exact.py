@@ -224,3 +224,15 @@ def test_predicted_samples_explain_the_predictions(local_trick, parallel):
     samples = {name: value.detach() for name, value in predict().items()}
     weight, bias = samples["weight"].reshape(7, 3), samples["bias"].reshape(7, 1)
     torch.testing.assert_close(samples["mean"].reshape(7, 4), weight @ x.T + bias)
+
+
+def test_divergence_has_its_gradient_after_one_without():
+    bnn = BayesianModel(nn.Linear(3, 1))
+    trace = pyro.poutine.trace(bnn.exact_kl()).get_trace()
+    prior = pyro.poutine.replay(bnn.prior, trace)
+    with torch.no_grad():
+        pyro.poutine.trace(prior).get_trace().log_prob_sum()
+    density = pyro.poutine.trace(prior).get_trace().log_prob_sum()
+    torch.testing.assert_close(density, -bnn.kl_divergence())
+    density.backward()
+    torch.testing.assert_close(bnn.guide.means.weight.grad, -bnn.base.weight.detach())

@@ -12,6 +12,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from pyro_bayes import BayesianModel, flat, fused, gaussian
+from pyro_bayes.gaussian_tensor import change_of, drawn, variance_of
+from pyro_bayes.prior import Prior
 
 SHAPES = {"w": (4, 3), "b": (5,), "s": ()}
 
@@ -93,13 +95,21 @@ def test_draws_may_be_changed_in_place(posterior):
     torch.testing.assert_close(posterior["w"][0].grad, torch.full((4, 3), 2.0).double())
 
 
-def test_layouts_of_any_kind():
-    weight = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
-    posterior = {"w": (weight, torch.zeros(2, 3, 2, 2, requires_grad=True))}
-    draw, epsilon = fused.draws_and_noise(posterior)["w"]
-    torch.testing.assert_close(draw, gaussian.draw(*posterior["w"], epsilon))
-    fused.kl_divergence(posterior, 1.0).backward()
-    torch.testing.assert_close(weight.grad, weight.detach())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_of_any_kind(dtype):
+    last = {"dtype": dtype, "memory_format": torch.channels_last}
+    weight = torch.randn(2, 3, 2, 2).to(**last).requires_grad_()
+    bias = torch.randn(2, 3, 2, 2).to(dtype).requires_grad_()
+    posterior = {"b": (bias, bias), "w": (weight, weight), "m": (weight, bias)}
+    for name, (draw, epsilon) in fused.draws_and_noise(posterior).items():
+        torch.testing.assert_close(draw, gaussian.draw(*posterior[name], epsilon))
+        assert draw.is_contiguous(memory_format=torch.channels_last) == (name != "b")
+    kl = fused.kl_divergence(posterior, 1.0)
+    assert kl.dtype == dtype
+    expected = sum(gaussian.kl_divergence(*q, 1.0) for q in posterior.values())
+    torch.testing.assert_close(kl, expected.to(dtype))
+    found, slope = (torch.autograd.grad(value, (weight, bias)) for value in (kl, expected))
+    torch.testing.assert_close(found, slope)
 
 
 @pytest.mark.parametrize("prior_var", [1.0, 0.1])
@@ -145,21 +155,48 @@ def test_derivatives_of_first_and_second_order(posterior):
         assert torch.autograd.gradgradcheck(function, leaves(posterior))
 
 
-def test_gradients_are_the_same_for_a_second_derivative(posterior):
-    def outputs():
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+def test_gradients_are_the_same_for_a_second_derivative(posterior, kind):
+    def total(shared):
         torch.manual_seed(1)
-        draws = fused.draws(posterior).values()
-        return fused.kl_divergence(posterior, 0.3) + sum(draw.square().sum() for draw in draws)
+        outputs, anchor = fused.outputs_and_anchor(kind, posterior)
+        kl = fused.kl_divergence(posterior, 0.3, anchor if shared else None)
+        return kl + sum(output.square().sum() for output in outputs.values())
 
-    first = torch.autograd.grad(outputs(), leaves(posterior))
-    second = torch.autograd.grad(outputs(), leaves(posterior), create_graph=True)
-    torch.testing.assert_close(first, second)
+    first = torch.autograd.grad(total(False), leaves(posterior))
+    for shared in (False, True):
+        second = torch.autograd.grad(total(shared), leaves(posterior), create_graph=True)
+        torch.testing.assert_close(first, second)
 
 
-def test_draws_that_are_not_used_get_no_gradient(posterior):
-    fused.draws(posterior)["b"].sum().backward()
-    assert posterior["b"][1].grad is not None
-    assert posterior["w"][0].grad is None or not posterior["w"][0].grad.any()
+def test_many_gradients_at_once(posterior):
+    outputs, anchor = fused.outputs_and_anchor("draws", posterior)
+    loss = outputs["w"].square().sum() + fused.kl_divergence(posterior, 0.3, anchor)
+    expected = torch.autograd.grad(loss, leaves(posterior), retain_graph=True)
+
+    def gradient(factor):
+        return torch.autograd.grad(loss, leaves(posterior), factor, retain_graph=True)
+
+    found = vmap(gradient)(torch.tensor([1.0, 3.0]).double())
+    torch.testing.assert_close(tuple(f[1] for f in found), tuple(3 * e for e in expected))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+def test_draws_that_are_not_used_get_no_gradient(posterior, kind, create_graph):
+    outputs, _ = fused.outputs_and_anchor(kind, posterior)
+    loss, inputs = outputs["b"].sum(), leaves(posterior)
+    grads = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+    assert [g is None for g in grads] == [True, True, kind != "draws", False, True, True]
+
+
+def test_sparse_gradients():
+    posterior = {"w": tuple(torch.zeros(4, 2, requires_grad=True) for _ in range(2))}
+    draw = fused.draws(posterior)["w"]
+    nn.functional.embedding(torch.tensor([1, 1, 3]), draw, sparse=True).sum().backward()
+    expected = torch.tensor([0.0, 2.0, 0.0, 1.0]).unsqueeze(1).expand(4, 2)
+    torch.testing.assert_close(posterior["w"][0].grad, expected)
+    torch.testing.assert_close(posterior["w"][1].grad, 0.5 * expected * draw.detach())
 
 
 def test_parameters_of_two_types_keep_their_order():
@@ -178,12 +215,35 @@ def test_parameters_of_two_types_keep_their_order():
 def test_divergence_keeps_the_type_of_the_parameters():
     half = {"a": (torch.zeros(2).bfloat16(), torch.zeros(2).bfloat16())}
     assert fused.kl_divergence(half, 1.0).dtype == torch.bfloat16
+    double = {"b": (torch.zeros(2).double(), torch.zeros(2).double())}
+    for posterior in (half | double, double | half):
+        assert fused.kl_divergence(posterior, 1.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+def test_contexts_compute_what_all_parameters_need_in_one_node(local_trick):
+    bnn, take = BayesianModel(nn.Linear(3, 1)), {True: variance_of, "flipout": change_of}
+    torch.manual_seed(1)
+    expected = bnn.sample_params()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with bnn.reparameterize(local_trick) as model:
+        found = [take.get(local_trick, drawn)(p) for p in (model.weight, model.bias)]
+        assert torch.equal(torch.get_rng_state(), state) == (local_trick is True)
+        if local_trick is not True:
+            torch.testing.assert_close(drawn(model.weight), expected["weight"])
+    assert len({value.grad_fn for value in found}) == 1
 
 
 ORDERS = {
     "together": lambda nll, kl: (nll + kl).backward(),
     "likelihood first": lambda nll, kl: (nll.backward(), kl.backward()),
     "divergence first": lambda nll, kl: (kl.backward(), nll.backward()),
+    "likelihood again": lambda nll, kl: (
+        nll.backward(retain_graph=True),
+        kl.backward(),
+        nll.backward(),
+    ),
     "twice": lambda nll, kl: ((nll + kl).backward(retain_graph=True), (nll + kl).backward()),
 }
 
@@ -216,12 +276,35 @@ def test_a_divergence_shares_no_node_with_draws_of_another_posterior(posterior):
     torch.testing.assert_close(posterior["b"][0].grad, 2 * posterior["b"][0].detach())
 
 
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+def test_a_divergence_trains_what_draws_did_not(posterior, kind):
+    logvars = [logvar.requires_grad_(False) for _, logvar in posterior.values()]
+    _, frozen = fused.outputs_and_anchor(kind, posterior)
+    for logvar in logvars:
+        logvar.requires_grad_()
+    with torch.no_grad():
+        _, without = fused.outputs_and_anchor(kind, posterior)
+    for anchor in (frozen, without):
+        kl = fused.kl_divergence(posterior, 0.5, anchor)
+        found = torch.autograd.grad(kl, leaves(posterior))
+        expected = torch.autograd.grad(fused.kl_divergence(posterior, 0.5), leaves(posterior))
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradients_after_a_change_in_place_are_refused(posterior):
     draws = fused.draws(posterior)
     with torch.no_grad():
         posterior["b"][0].add_(1)
     with pytest.raises(RuntimeError, match=r"Call backward\(\) before"):
         draws["w"].sum().backward()
+
+
+def test_the_graph_keeps_draws_as_long_as_it_is_needed(posterior):
+    draw = fused.draws(posterior)["w"]
+    draw.sum().backward(retain_graph=True)
+    assert draw.grad_fn.spreads is not None
+    draw.sum().backward()
+    assert draw.grad_fn.spreads is None
 
 
 def test_a_model_forgets_its_draws():
@@ -241,6 +324,37 @@ def test_a_model_forgets_its_draws():
     a = torch.cat([p.detach().view(-1) for p in bnn.guide.logvars.parameters()]).double()
     expected = 0.5 * (a.expm1() - a).sum().item()
     assert bnn.kl_divergence().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_divergence_after_draws_goes_elsewhere():
+    bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+    expected = bnn.kl_divergence().detach()
+    with bnn.reparameterize() as model:
+        model(x)
+    found = grad(lambda factor: factor * bnn.kl_divergence())(torch.tensor(2.0))
+    torch.testing.assert_close(found, expected)
+    with bnn.reparameterize() as model:
+        model(x)
+    bnn.double().kl_divergence().backward()
+    torch.testing.assert_close(bnn.guide.means.weight.grad, bnn.base.weight.detach())
+
+
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+def test_inference_mode_all_along(local_trick):
+    with torch.inference_mode():
+        bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-80.0), torch.randn(5, 3)
+        with bnn.reparameterize(local_trick) as model:
+            torch.testing.assert_close(model(x), bnn.base(x))
+        assert bnn.kl_divergence() > 0
+
+
+def test_parts_are_as_few_as_fit():
+    sizes = [torch.empty(size) for size in (3, 4, 3, 4, 8, 1)]
+    pairs = {flat.BLOCK: [6], 7: [2, 2, 1, 1], 1: [1] * 6}[flat.BLOCK]
+    assert [part.stop - part.start for part in flat.parts(sizes)] == pairs
+    elsewhere = [size.to("meta") for size in sizes]
+    assert flat.parts(elsewhere) == (slice(0, 6),)
+    assert flat.gather(sizes[:1]).data_ptr() == sizes[0].data_ptr()
 
 
 @pytest.mark.parametrize("local_trick", [False, True, "flipout"])
@@ -270,3 +384,11 @@ def test_transforms_go_through_the_whole_model(local_trick):
     many = {n: torch.stack([p.detach()] * 3) for n, p in parameters.items()}
     losses = vmap(lambda p: functional_call(loss, p, (x,)), randomness="different")(many)
     assert len(losses.unique()) == 3
+
+
+def test_density_of_many_elements():
+    prior, values = Prior(torch.Size([20]), 0.5, torch.zeros(())), torch.randn(3, 20)
+    expected = torch.distributions.Normal(0, 0.5**0.5).log_prob(values).sum(-1)
+    torch.testing.assert_close(prior.log_prob(values), expected)
+    torch.testing.assert_close(vmap(prior.log_prob)(values), expected)
+    torch.testing.assert_close(torch.stack(list(map(prior.log_prob, values))), expected)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from rule_cases import Weighted
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -287,3 +288,56 @@ def test_ordinary_calls_that_once_failed(local_trick):
         bnn = BayesianModel(module)
         with bnn.reparameterize(local_trick) as model:
             assert model(x).shape == bnn.base(x).shape
+
+
+def test_second_derivatives_at_fixed_noise():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    bnn = BayesianModel(net, init_logvar=-2.0)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    parameters = list(bnn.guide.parameters())
+
+    def loss(*_):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=True) as model:
+            return model(x).square().sum()
+
+    assert torch.autograd.gradgradcheck(loss, (x, *parameters))
+
+
+def test_second_derivatives_where_there_is_no_variance():
+    bnn = BayesianModel(nn.Linear(3, 2, bias=False), init_logvar=-2.0)
+    x = torch.zeros(4, 3, requires_grad=True)
+    with bnn.reparameterize(local_trick=True) as model:
+        loss = (model(x) - 1).square().sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (found,) = torch.autograd.grad(slope.square().sum(), x)
+    weight = bnn.base.weight.detach()
+    expected = 2 * 2 * slope.detach() @ weight.T @ weight
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_in_a_context_that_was_opened_without(mode, local_trick):
+    bnn, x = BayesianModel(nn.Linear(3, 2), init_logvar=-2.0), torch.randn(5, 3)
+    with mode(), bnn.reparameterize(local_trick) as model:
+        before = model(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            during, weight = model(x), model.weight.sin()  # which takes one draw
+        after = model(x)
+    torch.testing.assert_close(before, after)
+    torch.testing.assert_close(during, before.clone())
+    for output in (during, weight):
+        gradients = torch.autograd.grad(output.square().sum(), bnn.guide.logvars.weight)
+        assert all(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+def test_forward_differentiation(local_trick):
+    bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3, requires_grad=True)
+    with bnn.reparameterize(local_trick) as model:
+        expected = torch.autograd.grad(model(x).sum(), x)[0].sum(1, keepdim=True)
+        with forward_ad.dual_level():
+            output = model(forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+            torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected)

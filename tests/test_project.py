@@ -107,6 +107,8 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     assert side_by_side._version == 0  # fused
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
+    assert torch.autograd.forward_ad._current_level == -1  # flat
+    assert torch._C._autograd._get_current_graph_task_keep_graph()  # fused
 
     def popped(x):
         level = torch._C._functorch.maybe_current_level()
