@@ -208,6 +208,9 @@ ERRORS = {
         lambda: Gaussian(1.0).log_prob(row, ones.long()), ValueError, r"y\.float\(\)",
     ),
     "complex": (lambda: Poisson().log_prob(row, ones + 0j), ValueError, "complex"),
+    "another device": (
+        lambda: Gaussian(1.0).log_prob(row, row.to("meta")), ValueError, "y on cpu.*got it on meta",
+    ),
     "nan": (lambda: Gaussian(1.0).log_prob(row, nan), ValueError, r"y .*nan at index \(0,\)"),
     "inf": (lambda: StudentT(1.0).log_prob(row, inf), ValueError, r"y .*inf at index \(2,\)"),
     "nan labels": (lambda: Bernoulli().log_prob(row, nan), ValueError, "0 or 1; got nan"),
