@@ -103,8 +103,8 @@ class TiedModule(PyroModule):
             ...     prediction = net(x)
         """
         with self._lock():
-            base, originals = self.base, self._swap.originals
-            with self._hold({c.name: originals[c.name] for c in self._choices if c.included}):
+            base = self.base
+            with self._hold(dict(self._swap.originals)):
                 yield base
 
     def named_parameters(

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 import pyro_bayes
+from pyro_bayes.batch_norm import update_batch_norm
+from pyro_bayes.predictive import Predictive
+from pyro_bayes.schedule import LinearWarmup
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["pyro_bayes"] + [
@@ -40,9 +43,12 @@ def test_doctests(name):
 def test_public_docstrings_have_an_example():
     model = pyro_bayes.BayesianModel
     for name in ("__doc__", "sample_params", "sample_model", "reparameterize", "kl_divergence",
-                 "lift", "exact_kl", "predict", "summary"):  # fmt: skip
+                 "lift", "exact_kl", "mean", "predict", "summary"):  # fmt: skip
         text = model.__doc__ if name == "__doc__" else getattr(model, name).__doc__
         assert ">>>" in text, name
+    for part in (pyro_bayes.ELBO, pyro_bayes.svi_model, update_batch_norm, Predictive, LinearWarmup,
+                 *pyro_bayes.likelihoods.REGISTRY.values()):  # fmt: skip
+        assert ">>>" in part.__doc__, part
 
 
 def test_importing_changes_nothing_and_needs_torch_and_pyro_only():
