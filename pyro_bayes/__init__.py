@@ -14,7 +14,8 @@ import pyro_bayes.rules  # noqa: F401  (fills the registry)
 from pyro_bayes import likelihoods
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.objective import ELBO, svi_model
+from pyro_bayes.training import fit
 
-__all__ = ["ELBO", "BayesianModel", "likelihoods", "svi_model"]
+__all__ = ["ELBO", "BayesianModel", "fit", "likelihoods", "svi_model"]
 
 __version__ = "0.1.0"

@@ -110,7 +110,7 @@ class BayesianModel(LiftedModule):
             site_prefix=name or "",
         )
         super().__init__(base, prior, guide, choices)
-        self._prior_var = float(prior_var)
+        self._init_logvar, self._prior_var = float(init_logvar), float(prior_var)
         self._latest = _Latest()
 
     # Draws

@@ -18,6 +18,7 @@ import pyro_bayes
 from pyro_bayes.batch_norm import update_batch_norm
 from pyro_bayes.predictive import Predictive
 from pyro_bayes.schedule import LinearWarmup
+from pyro_bayes.training import History, diagnose
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["pyro_bayes"] + [
@@ -28,7 +29,7 @@ MODULES = ["pyro_bayes"] + [
 
 
 def test_door():
-    assert pyro_bayes.__all__ == ["ELBO", "BayesianModel", "likelihoods", "svi_model"]
+    assert pyro_bayes.__all__ == ["ELBO", "BayesianModel", "fit", "likelihoods", "svi_model"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -46,7 +47,8 @@ def test_public_docstrings_have_an_example():
                  "lift", "exact_kl", "mean", "predict", "summary"):  # fmt: skip
         text = model.__doc__ if name == "__doc__" else getattr(model, name).__doc__
         assert ">>>" in text, name
-    for part in (pyro_bayes.ELBO, pyro_bayes.svi_model, update_batch_norm, Predictive, LinearWarmup,
+    for part in (pyro_bayes.ELBO, pyro_bayes.fit, pyro_bayes.svi_model, update_batch_norm, diagnose,
+                 History, Predictive, LinearWarmup,
                  *pyro_bayes.likelihoods.REGISTRY.values()):  # fmt: skip
         assert ">>>" in part.__doc__, part
 

@@ -1,0 +1,161 @@
+"""The batches of a loader: pairs (x, y), checked before they are used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.data import Subset, TensorDataset
+
+from pyro_bayes.training import finite
+
+
+class Batch(NamedTuple):
+    """One batch.
+
+    Arguments:
+        x: What the network is given: a tensor, a tuple or a dictionary.
+        y: The target, a tensor whose first dimension counts examples.
+    """
+
+    x: Any
+    y: Tensor
+
+
+class Batches:
+    """The batches of a loader, checked as they come, on a device.
+
+    Arguments:
+        loader: What gives pairs (x, y), anew each time that it is iterated.
+        name: The name of the argument, for messages.
+        num_data: The number of examples that the objective was told, `None` if it does not apply.
+        device: Where the batches go.
+
+    Raises:
+        TypeError: If the loader can be iterated once only, or holds what is no pair.
+        ValueError: If it is empty, or what it holds in memory is not finite.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], *, name: str, num_data: int | None, device: torch.device
+    ) -> None:
+        if not isinstance(loader, Iterable) or isinstance(loader, Tensor | Mapping):
+            raise TypeError(
+                f"Expected {name} to give pairs (x, y), as a DataLoader; got"
+                f" {type(loader).__name__}."
+            )
+        if isinstance(loader, Iterator):
+            raise TypeError(
+                f"Expected {name} to start anew for each epoch; got a {type(loader).__name__},"
+                f" which ends for good. Pass the DataLoader itself, or list({name})."
+            )
+        self.loader, self._name, self._num_data, self._device = loader, name, num_data, device
+        self.count = len(loader) if _is_sized(loader) else None
+        if self.count == 0:
+            raise ValueError(self._empty())
+        if isinstance(loader, list | tuple):
+            for index, batch in enumerate(loader):
+                self._check(batch, index)
+        dataset = getattr(loader, "dataset", None)
+        _check_values(dataset, name)
+        if num_data is not None and _is_sized(dataset) and len(dataset) != num_data:
+            warnings.warn(
+                f"Expected num_data to be the number of examples of the training set; got"
+                f" {num_data}, and a dataset of {len(dataset)}. The divergence is weighed as if"
+                f" there were {num_data}.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        index = -1
+        for index, batch in enumerate(self.loader):
+            x, y = self._check(batch, index)
+            move = tree_map_only(Tensor, lambda t: t.to(self._device, non_blocking=True), (x, y))
+            yield Batch(*move)
+        if index < 0:
+            raise ValueError(self._empty())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells samplers that shuffle by the epoch's number, as a `DistributedSampler`, which."""
+        batches = getattr(self.loader, "batch_sampler", None)
+        for owner in (self.loader, getattr(self.loader, "sampler", None), batches):
+            getattr(owner, "set_epoch", _nothing)(epoch)
+
+    def _check(self, batch: Any, index: int) -> Batch:
+        where = f"batch {index} of {self._name}"
+        if not (isinstance(batch, list | tuple) and len(batch) == 2):
+            size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+            raise TypeError(
+                f"Expected {where} to be a pair (x, y), where x is a tensor, a tuple or a"
+                f" dictionary; got a {type(batch).__name__}{size}. Let the loader's `collate_fn`"
+                " make such pairs."
+            )
+        x, y = batch
+        if not isinstance(y, Tensor) or y.dim() == 0 or len(y) == 0:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"Expected y of {where} to be a tensor whose first dimension counts examples, at"
+                f" least one; got {got}."
+            )
+        for part, value in (("x", x), ("y", y)):
+            for leaf in tree_flatten(value)[0]:
+                check_finite(leaf, f"{part} of {where}")
+        return Batch(tuple(x) if type(x) is list else x, y)
+
+    def _empty(self) -> str:
+        return (
+            f"Expected {self._name} to have at least one batch; got none. Is the dataset empty, or"
+            " smaller than a batch with drop_last=True?"
+        )
+
+
+def check_finite(value: Any, name: str) -> None:
+    """Raises a `ValueError` unless a tensor's numbers are finite; other values pass.
+
+    Arguments:
+        value: The tensor.
+        name: What messages call it.
+
+    Example:
+        >>> check_finite(torch.tensor([1.0, float("nan")]), "x")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected x to be finite; got nan at [1].
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return
+    if not finite.is_finite(value):
+        place = (~torch.isfinite(value)).nonzero()[0]
+        raise ValueError(
+            f"Expected {name} to be finite; got {value[tuple(place)].item()} at {place.tolist()}."
+        )
+
+
+def _check_values(dataset: Any, name: str) -> None:
+    """Checks what a dataset is known to hold in memory."""
+    indices: Any = slice(None)
+    while isinstance(dataset, Subset):
+        nested = torch.as_tensor(dataset.indices)
+        indices = nested if isinstance(indices, slice) else nested[indices]
+        dataset = dataset.dataset
+    if isinstance(dataset, TensorDataset):
+        for number, values in enumerate(dataset.tensors):
+            check_finite(values[indices], f"tensor {number} of {name}'s dataset")
+
+
+def _is_sized(loader: Any) -> TypeGuard[Sized]:
+    # A DataLoader of an iterable dataset has the method but no length.
+    try:
+        len(loader)
+    except TypeError:
+        return False
+    return True
+
+
+def _nothing(_: int) -> None:
+    pass

@@ -1,0 +1,224 @@
+"""Diagnostics: whether a posterior is learned, and how well its gradient is known."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bayes import fused
+from pyro_bayes.model import BayesianModel
+from pyro_bayes.objective import ELBO
+from pyro_bayes.swap import undisturbed
+from pyro_bayes.training.batches import Batches
+
+_NEAR = 0.02  # of log σ²: a change of σ by 1 %
+
+
+@dataclass(frozen=True)
+class Row:
+    r"""One parameter.
+
+    Arguments:
+        parameter: The dotted name.
+        signal_mean: The signal-to-noise ratio of the gradient of :math:`\mu`, or of the parameter
+            itself if it is deterministic.
+        signal_logvar: That of the gradient of :math:`\log \sigma^2`; `None` if deterministic.
+        unmoved: The share of the :math:`\sigma` that are within 1 % of their initial value; `None`
+            if deterministic.
+        kl: The KL divergence in nats; `None` if deterministic.
+    """
+
+    parameter: str
+    signal_mean: float
+    signal_logvar: float | None = None
+    unmoved: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found. Printed, it is a table with advice below.
+
+    Arguments:
+        rows: One row per parameter.
+        kl: The KL divergence of the whole posterior in nats.
+        num_data: The number of examples.
+        unmoved: The share of all deviations that are within 1 % of their initial value.
+        advice: What seems wrong, in words.
+    """
+
+    rows: tuple[Row, ...]
+    kl: float
+    num_data: int
+    unmoved: float
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max(len("parameter"), *(len(row.parameter) for row in self.rows))
+        lines = [f"{'parameter':<{width}}   SNR ∇μ  SNR ∇log σ²  σ unmoved     KL nats"]
+        for row in self.rows:
+            cells = (
+                f"{row.signal_mean:8.2g}",
+                " " * 11 if row.signal_logvar is None else f"{row.signal_logvar:11.2g}",
+                " " * 9 if row.unmoved is None else f"{row.unmoved:9.0%}",
+                " " * 10 if row.kl is None else f"{row.kl:10.4g}",
+            )
+            lines.append("  ".join((f"{row.parameter:<{width}}", *cells)).rstrip())
+        lines.append(
+            f"KL: {self.kl:.4g} nats against N = {self.num_data}, {self.kl / self.num_data:.4g} per"
+            " datum"
+        )
+        return "\n".join((*lines, *self.advice))
+
+
+def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -> Diagnosis:
+    r"""Looks at the posterior and at the gradient that trains it.
+
+    The signal-to-noise ratio of a gradient :math:`g` is that over steps of a training that stands
+    still: batches of the loader, and draws of the weights,
+
+    .. math:: \text{SNR}^2 = \frac{\| \mathbb{E}[g] \|^2}{\operatorname{tr} \operatorname{Var}[g]}
+
+    estimated without the bias that noise adds to the numerator. Where it is small, about
+    :math:`1 / \text{SNR}^2` steps pass before a parameter goes its way, as it must be near an
+    optimum. The objective is as before in the end: parameters, gradients, buffers, and torch's
+    random numbers.
+
+    Arguments:
+        objective: The objective. It is evaluated in the mode it is in.
+        loader: Gives batches (x, y), as for :func:`pyro_bayes.fit`.
+        num_gradients: The number of gradients, at least 2. The loader starts anew as often as
+            needed.
+
+    Returns:
+        The ratios, the share of deviations that never moved from their start, and the KL
+        divergence in nats, with advice in words.
+
+    Raises:
+        ValueError: If `num_gradients` is less than 2, or a batch cannot be used.
+        TypeError: If a batch is no pair.
+
+    References:
+        | Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018)
+        | https://arxiv.org/abs/1802.04537
+
+    Example:
+        >>> from torch import nn
+        >>> from pyro_bayes import BayesianModel, likelihoods
+        >>> objective = ELBO(BayesianModel(nn.Linear(2, 1)), likelihoods.Gaussian(0.1), num_data=8)
+        >>> diagnosis = diagnose(objective, [(torch.ones(8, 2), torch.ones(8, 1))])
+        >>> diagnosis.unmoved
+        1.0
+        >>> print(diagnosis)  # doctest: +ELLIPSIS
+        parameter ...
+    """
+    if isinstance(num_gradients, bool) or not isinstance(num_gradients, int) or num_gradients < 2:
+        raise ValueError(
+            f"Expected num_gradients to be an integer of at least 2; got {num_gradients!r}."
+        )
+    device = next(objective.parameters()).device
+    batches = Batches(loader, name="loader", num_data=objective.num_data, device=device)
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    moments = {name: _Moments(p) for name, p in trained.items()}
+    with undisturbed(objective), torch.enable_grad():
+        endless = (batch for _ in range(num_gradients) for batch in batches)
+        for batch in islice(endless, num_gradients):
+            loss = objective(*batch)
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            for moment, parameter, gradient in zip(
+                moments.values(), trained.values(), found, strict=True
+            ):
+                moment.add(torch.zeros_like(parameter) if gradient is None else gradient)
+    signals = {name: moment.ratio() for name, moment in moments.items()}
+    model = objective.model
+    posterior = model.guide.posterior()
+    with torch.no_grad():
+        divergences = fused.kl_divergences(posterior, model._prior_var)
+    rows = []
+    for name in posterior:
+        mean, logvar = (f"model.guide.{kind}.{name}" for kind in ("means", "logvars"))
+        share = _unmoved(model, name)
+        kl = float(divergences[name])
+        rows.append(Row(name, signals.pop(mean, 0.0), signals.pop(logvar, 0.0), share, kl))
+    rows += [Row(name.removeprefix("model.base."), signal) for name, signal in signals.items()]
+    kl, share = sum(float(value) for value in divergences.values()), unmoved(model)
+    advice = _still(share, model), _collapsed(kl)
+    return Diagnosis(tuple(rows), kl, objective.num_data, share, tuple(a for a in advice if a))
+
+
+def unmoved(model: BayesianModel) -> float:
+    """Returns the share of all deviations that are within 1 % of their initial value.
+
+    Arguments:
+        model: The model.
+    """
+    sizes = {name: mean.numel() for name, (mean, _) in model.guide.posterior().items()}
+    near = sum(_unmoved(model, name) * size for name, size in sizes.items())
+    return near / sum(sizes.values())
+
+
+def warn_if_unmoved(model: BayesianModel, epochs: int) -> None:
+    """Warns if most deviations are still at their initial value after a training.
+
+    Arguments:
+        model: The model.
+        epochs: How many epochs it took.
+    """
+    advice = _still(unmoved(model), model)
+    if advice:
+        warnings.warn(f"After {epochs} epochs: {advice}", UserWarning, stacklevel=3)
+
+
+class _Moments:
+    """The mean of gradients, and the trace of their covariance."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._count = 0
+        self._mean = torch.zeros_like(like).detach()
+        self._squares = 0.0
+
+    def add(self, gradient: Tensor) -> None:
+        self._count += 1
+        change = gradient - self._mean
+        self._mean += change / self._count
+        self._squares += float((change * (gradient - self._mean)).sum())
+
+    def ratio(self) -> float:
+        variance = self._squares / (self._count - 1)
+        # The mean of gradients has a variance of its own, which adds to its square.
+        signal = max(float(self._mean.square().sum()) - variance / self._count, 0.0)
+        if variance == 0:
+            return math.inf if signal > 0 else 0.0
+        return math.sqrt(signal / variance)
+
+
+def _unmoved(model: BayesianModel, name: str) -> float:
+    logvar = model.guide.posterior()[name][1].detach()
+    return float(((logvar - model._init_logvar).abs() < _NEAR).double().mean())
+
+
+def _still(share: float, model: BayesianModel) -> str | None:
+    if share <= 0.5:
+        return None
+    return (
+        f"{share:.0%} of the posterior's deviations are within 1 % of their initial value,"
+        f" init_logvar={model._init_logvar:g}, so that the uncertainty is not learned. Train for"
+        " longer or with a higher learning rate, or start nearer, as"
+        " BayesianModel(net, init_logvar=-5.0)."
+    )
+
+
+def _collapsed(kl: float) -> str | None:
+    if kl >= 1:
+        return None
+    return (
+        f"The posterior is the prior, with a KL divergence of {kl:.2g} nats: the model has learned"
+        " nothing from the data. Is num_data right? A smaller prior_var may help."
+    )

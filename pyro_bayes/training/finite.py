@@ -1,0 +1,84 @@
+"""What to say when numbers cease to be finite: where it began."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from pyro_bayes import fused
+from pyro_bayes.objective import ELBO
+
+
+def is_finite(values: Tensor) -> bool:
+    """Returns whether all numbers of a tensor are finite.
+
+    Arguments:
+        values: The tensor.
+    """
+    values = values.detach()
+    # A sum is many times faster; where it is not finite, it may have overflown.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def check_parameters(objective: ELBO, when: str, file: str = "") -> None:
+    """Raises a `FloatingPointError` unless all parameters and the divergence are finite.
+
+    Arguments:
+        objective: The objective.
+        when: When this is, for the message.
+        file: What to say about checkpoints.
+    """
+    for name, value in objective.named_parameters():
+        if not is_finite(value):
+            raise FloatingPointError(
+                f"Expected finite parameters {when}; got others, of which '{name}' is the first."
+                f" {_ADVICE}{file}"
+            )
+    model = objective.model
+    with torch.no_grad():
+        divergences = fused.kl_divergences(model.guide.posterior(), model._prior_var)
+    for name, kl in divergences.items():
+        if not is_finite(kl):
+            raise FloatingPointError(
+                f"Expected a finite KL divergence {when}; got others, of which that of '{name}' is"
+                f" the first. {_ADVICE}{file}"
+            )
+
+
+def check_step(
+    objective: ELBO, loss: float, gradients: Sequence[Tensor], when: str, file: str
+) -> None:
+    """Raises a `FloatingPointError` unless a loss and its gradients are finite.
+
+    Arguments:
+        objective: The objective, with the gradients of the step.
+        loss: The loss.
+        gradients: The gradients.
+        when: When this is, for the message.
+        file: What to say about checkpoints.
+    """
+    if not math.isfinite(loss):
+        check_parameters(objective, when, file)
+        what = f"a loss of {loss}"
+        where = "It arises in the network or the likelihood: data and parameters are finite."
+    elif torch.isfinite(get_total_norm(gradients)) or all(map(is_finite, gradients)):
+        return
+    else:
+        names = (n for n, p in objective.named_parameters() if _is_wrong(p.grad))
+        what = "a gradient that is not"
+        where = f"The first parameter with such a gradient is '{next(names)}'."
+    raise FloatingPointError(
+        f"Expected a finite loss and gradient {when}; got {what}. {where} The step was not taken:"
+        f" parameters and buffers are as the step before left them. {_ADVICE}{file}"
+    )
+
+
+def _is_wrong(gradient: Tensor | None) -> bool:
+    return gradient is not None and not is_finite(gradient)
+
+
+_ADVICE = "A lower learning rate often helps."

@@ -1,0 +1,141 @@
+"""The signal of gradients, and what became of a posterior."""
+
+import math
+
+import pytest
+import torch
+from regression import NOISE_VAR, Problem
+from torch import nn
+
+from pyro_bayes import ELBO, BayesianModel, likelihoods
+from pyro_bayes.training import diagnose, fit
+
+
+def objective_of(problem, bnn):
+    return ELBO(bnn, likelihoods.Gaussian(math.sqrt(NOISE_VAR)), len(problem.y))
+
+
+def test_signal_is_that_of_the_known_gradient():
+    """For linear regression, mean and variance of the gradient have closed forms."""
+    problem = Problem.make()
+    n = len(problem.y)
+    bnn = problem.model()
+    with torch.no_grad():
+        bnn.means.weight.copy_(-problem.mean)
+        bnn.logvars.weight.fill_(-1.0)
+    data = [(problem.x, problem.y.unsqueeze(-1))]
+    row = diagnose(objective_of(problem, bnn), data, 2000).rows[0]
+
+    mean, logvar = (m.weight[0].detach() for m in (bnn.means, bnn.logvars))
+    variance = logvar.exp()
+    hessian = problem.x.T @ problem.x / NOISE_VAR / n  # of the negative log-likelihood
+    gradient = problem.precision @ (mean - problem.mean) / n
+    spread = (hessian.square() * variance).sum()
+    assert row.signal_mean == pytest.approx(float(gradient.norm() / spread.sqrt()), abs=0.04)
+
+    # d/d log σ² is ½ σ ε · (d/dθ) of the likelihood, and ½ (σ²/σ_p² - 1) / N of the divergence.
+    expected = variance * problem.precision.diag() / n / 2 - 1 / n / 2
+    slope = problem.x.T @ (problem.x @ mean - problem.y) / NOISE_VAR / n
+    deviation = variance.sqrt()
+    # Var(a ε + Σⱼ Bⱼ ε εⱼ) = a² + 2 Bᵢ² + Σ_{j≠i} Bⱼ²
+    cross = deviation.unsqueeze(-1) * hessian * deviation / 2
+    squares = (deviation * slope / 2).square() + cross.square().sum(1) + cross.diag().square()
+    ratio = float(expected.norm() / squares.sum().sqrt())
+    assert row.signal_logvar == pytest.approx(ratio, abs=0.04)
+
+
+def test_signal_vanishes_at_the_optimum():
+    """The mean of 20 gradients is not zero: its length is 0.22 of their deviation."""
+    problem = Problem.make()
+    objective = objective_of(problem, problem.optimum())
+    data = [(problem.x, problem.y.unsqueeze(-1))]
+    rows = [diagnose(objective, data, 20).rows[0] for _ in range(30)]
+    assert sum(row.signal_mean for row in rows) / 30 < 0.14
+    assert sum(row.signal_logvar for row in rows) / 30 < 0.14
+
+
+def test_signal_counts_the_noise_of_batches():
+    net = nn.Linear(1, 1, bias=False)
+    bnn = BayesianModel(net, init_logvar=-60.0)
+    objective = ELBO(bnn, likelihoods.Gaussian(1.0), 2)
+    with torch.no_grad():
+        bnn.means.weight.zero_()
+    one = torch.ones(1, 1)
+    batches = [(one, 3 * one), (one, one)]  # gradients -3 and -1
+    row = diagnose(objective, batches, 400).rows[0]
+    assert row.signal_mean == pytest.approx(2.0, rel=0.01)
+
+
+def parts():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    bnn = BayesianModel(net, init_logvar=-5.0, exclude_params=["1.weight", "1.bias"])
+    objective = ELBO(bnn, likelihoods.Gaussian(1.0, learn=True), 16, local_trick=True)
+    x = torch.randn(16, 3)
+    return objective, [(x[:8], x[:8, :1]), (x[8:], x[8:, :1])]
+
+
+def test_rows_and_totals():
+    objective, batches = parts()
+    model = objective.model
+    with torch.no_grad():
+        model.logvars.get_parameter("0.weight")[0] += 0.1
+        model.logvars.get_parameter("2.bias").fill_(-4.99)
+    diagnosis = diagnose(objective, batches)
+    rows = {row.parameter: row for row in diagnosis.rows}
+    assert list(rows) == [
+        *("0.weight", "0.bias", "2.weight", "2.bias"),
+        *("1.weight", "1.bias", "likelihood.log_scale"),
+    ]
+    assert rows["0.weight"].unmoved == 0.75
+    assert rows["2.bias"].unmoved == 1.0  # by half a percent only
+    assert diagnosis.unmoved == pytest.approx(1 - 3 / 21)
+    assert rows["1.bias"].unmoved is rows["1.bias"].kl is rows["1.bias"].signal_logvar is None
+    assert rows["likelihood.log_scale"].signal_mean > 0
+    kl = float(model.kl_divergence().detach())
+    assert diagnosis.kl == pytest.approx(kl)
+    assert sum(row.kl for row in diagnosis.rows if row.kl) == pytest.approx(kl)
+    lines = str(diagnosis).splitlines()
+    assert len(lines) == 1 + 7 + 1 + 1
+    assert lines[1].split()[0] == "0.weight"
+    assert lines[1].split()[3] == "75%"
+    assert f"{kl:.4g} nats against N = 16, {kl / 16:.4g} per datum" in lines[-2]
+    assert "init_logvar=-5" in lines[-1]
+
+
+def test_it_leaves_no_trace():
+    objective, batches = parts()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        diagnose(objective, batches, 5)
+    assert torch.equal(random, torch.get_rng_state())
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in objective.parameters())
+
+
+def test_advice():
+    objective, batches = parts()
+    assert "100% of the posterior's deviations" in diagnose(objective, batches, 2).advice[0]
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
+    fit(objective, batches, 30, optimizer=optimizer)
+    assert diagnose(objective, batches, 2).advice == ()
+    with torch.no_grad():
+        for mean, logvar in objective.model.guide.posterior().values():
+            mean.zero_()
+            logvar.zero_()
+    advice = diagnose(objective, batches, 2).advice
+    assert len(advice) == 1
+    assert "The posterior is the prior" in advice[0]
+
+
+@pytest.mark.parametrize("count", [1, 2.0, True])
+def test_number_of_gradients(count):
+    with pytest.raises(ValueError, match="num_gradients to be an integer of at least 2"):
+        diagnose(*parts(), count)
+
+
+def test_data_that_are_not_finite():
+    objective, _ = parts()
+    with pytest.raises(ValueError, match="x of batch 0 of loader to be finite"):
+        diagnose(objective, [(torch.full((2, 3), math.nan), torch.zeros(2, 1))])
