@@ -1,7 +1,12 @@
-"""From a posterior to scores: :func:`evaluate` makes one table of them, with their errors."""
+"""From a posterior to scores, figures and ArviZ.
 
-from pyro_bayes.evaluation import metrics
+:func:`evaluate` scores predictions, in one table, with the errors of the scores.
+:mod:`~pyro_bayes.evaluation.plots` draws figures of what it found, of the posterior and of
+training.
+"""
+
+from pyro_bayes.evaluation import metrics, plots
 from pyro_bayes.evaluation.evaluate import evaluate
 from pyro_bayes.evaluation.result import Evaluation, Row
 
-__all__ = ["Evaluation", "Row", "evaluate", "metrics"]
+__all__ = ["Evaluation", "Row", "evaluate", "metrics", "plots"]
