@@ -12,10 +12,11 @@ objects, while the network keeps its class and structure.
 
 import pyro_bayes.rules  # noqa: F401  (fills the registry)
 from pyro_bayes import likelihoods
+from pyro_bayes.evaluation import evaluate
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.objective import ELBO, svi_model
 from pyro_bayes.training import fit
 
-__all__ = ["ELBO", "BayesianModel", "fit", "likelihoods", "svi_model"]
+__all__ = ["ELBO", "BayesianModel", "evaluate", "fit", "likelihoods", "svi_model"]
 
 __version__ = "0.1.0"

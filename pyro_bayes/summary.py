@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pyro_bayes._extras import require
+from pyro_bayes.table import print_table
 from pyro_bayes.tied import TiedModule
 
 
@@ -55,30 +55,16 @@ class Summary:
         Raises:
             ImportError: If the extra `rich` is not installed.
         """
-        require("rich", extra="rich")
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         with_noise = any(row.noise for row in self.rows)
-        for header in _HEADERS[:-1]:
-            table.add_column(header)
-        table.add_column(_HEADERS[-1], justify="right")
-        if with_noise:
-            table.add_column("noise")
+        rows = []
         for row in self.rows:
             signal = "" if row.signal is None else f"{row.signal:.3g}"
             included = "yes" if row.included else "no"
             shape = "×".join(map(str, row.shape)) or "()"
             noise = [row.noise or ""] if with_noise else []
-            table.add_row(row.parameter, shape, included, row.why, row.prior, signal, *noise)
-        # Names are never cut: a line that is too long may wrap.
-        console = Console(highlight=False, markup=False)
-        wide = console.options.update(max_width=10_000)
-        needed = console.measure(table, options=wide).maximum
-        console.width = max(console.width, needed, len(self.title))
-        console.print(self.title, table, sep="\n")
+            rows.append([row.parameter, shape, included, row.why, row.prior, signal, *noise])
+        headers = [*_HEADERS, "noise"] if with_noise else _HEADERS
+        print_table(self.title, headers, rows, right=_HEADERS[-1:])
 
     def __repr__(self) -> str:
         included = sum(row.included for row in self.rows)

@@ -16,6 +16,7 @@ from torch import nn
 
 import pyro_bayes
 from pyro_bayes.batch_norm import update_batch_norm
+from pyro_bayes.evaluation import plots, to_arviz
 from pyro_bayes.predictive import Predictive
 from pyro_bayes.schedule import LinearWarmup
 from pyro_bayes.training import History, diagnose
@@ -29,7 +30,8 @@ MODULES = ["pyro_bayes"] + [
 
 
 def test_door():
-    assert pyro_bayes.__all__ == ["ELBO", "BayesianModel", "fit", "likelihoods", "svi_model"]
+    parts = ["ELBO", "BayesianModel", "evaluate", "fit", "likelihoods", "svi_model"]
+    assert pyro_bayes.__all__ == parts
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -47,8 +49,9 @@ def test_public_docstrings_have_an_example():
                  "lift", "exact_kl", "mean", "predict", "summary"):  # fmt: skip
         text = model.__doc__ if name == "__doc__" else getattr(model, name).__doc__
         assert ">>>" in text, name
-    for part in (pyro_bayes.ELBO, pyro_bayes.fit, pyro_bayes.svi_model, update_batch_norm, diagnose,
-                 History, Predictive, LinearWarmup,
+    for part in (pyro_bayes.ELBO, pyro_bayes.evaluate, pyro_bayes.fit, pyro_bayes.svi_model,
+                 to_arviz, update_batch_norm, diagnose, History, Predictive, LinearWarmup,
+                 *(getattr(plots, name) for name in plots.__all__ if name != "Losses"),
                  *pyro_bayes.likelihoods.REGISTRY.values()):  # fmt: skip
         assert ">>>" in part.__doc__, part
 

@@ -1,0 +1,122 @@
+"""Figures of the posterior, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_bayes.evaluation.plots.canvas import BLUE, GREY, begin, finish
+from pyro_bayes.model import BayesianModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
+    r"""Draws how wide the posterior is, layer by layer.
+
+    The line is the prior's deviation: a layer whose :math:`\sigma` is there has learned nothing
+    from the data. One whose :math:`\sigma` is a single peak may not have moved from its start.
+
+    Arguments:
+        bnn: The model.
+        ax: Where to draw.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If the extra `plot` is not installed.
+
+    Example:
+        >>> from pyro_bayes import BayesianModel
+        >>> ax = scale_histogram(BayesianModel(nn.Linear(3, 2)))
+        >>> ax.get_xscale()
+        'log'
+    """
+    posterior = bnn.guide.posterior()
+    scales = {name: (0.5 * logvar).exp() for name, (_, logvar) in posterior.items()}
+    return _ridges(ax, scales, "posterior deviation σ", line=bnn._prior_var**0.5, name="prior")
+
+
+def signal_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
+    r"""Draws how far posterior means are from 0, in deviations, layer by layer.
+
+    Parameters on the left of the line, where :math:`|\mu| / \sigma = 1`, are mostly noise, and
+    could often be pruned.
+
+    Arguments:
+        bnn: The model.
+        ax: Where to draw.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If the extra `plot` is not installed.
+
+    References:
+        | Weight Uncertainty in Neural Networks (Blundell et al., 2015)
+        | https://arxiv.org/abs/1505.05424
+
+    Example:
+        >>> from pyro_bayes import BayesianModel
+        >>> ax = signal_histogram(BayesianModel(nn.Linear(3, 2)))
+        >>> ax.get_xlabel()
+        'signal-to-noise ratio |μ|/σ'
+    """
+    posterior = bnn.guide.posterior()
+    ratios = {n: mean.abs() * (-0.5 * logvar).exp() for n, (mean, logvar) in posterior.items()}
+    return _ridges(ax, ratios, "signal-to-noise ratio |μ|/σ", line=1.0, name="|μ| = σ")
+
+
+def _ridges(
+    ax: Axes | None, values: Mapping[str, Tensor], label: str, *, line: float, name: str
+) -> Axes:
+    """Draws a histogram of logarithms per layer, one above the other, the first on top."""
+    layers: dict[str, list[Tensor]] = {}
+    for parameter, numbers in values.items():
+        parts = layers.setdefault(parameter.rpartition(".")[0] or "(base)", [])
+        parts.append(numbers.detach().to("cpu", torch.double).flatten())
+    ax, _ = begin(ax, size=(4.8, 1.2 + 0.4 * len(layers)))
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    rows = {layer: torch.cat(parts).log10() for layer, parts in layers.items()}
+    every = torch.cat([*rows.values(), torch.tensor([math.log10(line)])])
+    low, high = (every[every.isfinite()].quantile(level).item() for level in (0.001, 1))
+    edges = torch.linspace(low - 0.1, high + 0.1, 61, dtype=torch.double)
+    for place, logs in enumerate(reversed(rows.values())):
+        # What is below the range, a mean of 0 first of all, counts in the first bin.
+        heights = torch.histogram(logs.clamp(edges[0], edges[-1]), edges).hist
+        ax.axhline(place, color=GREY, linewidth=0.5)
+        ridge = ax.stairs(
+            (place + 0.85 * heights / heights.max()).numpy(),
+            (10**edges).numpy(),
+            baseline=place,
+            fill=True,
+            color=BLUE,
+            alpha=0.6,
+        )
+    ax.axvline(line, color=GREY, linewidth=1, linestyle="--")
+    ax.annotate(
+        name,
+        (line, 1),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(0, 2),
+        textcoords="offset points",
+        color=GREY,
+        ha="center",
+        fontsize="small",
+    )
+    ax.set_yticks(range(len(rows)), reversed(rows), va="bottom")
+    ax.tick_params(axis="y", length=0)
+    ax.set(xscale="log", xlabel=label, ylabel="layer", ylim=(0, len(rows)))
+    if high - low < 1.5:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return finish(ax, ridge)
