@@ -299,6 +299,7 @@ def test_loaders_of_other_kinds_have_their_generators_saved():
     for loader in (
         DataLoader(data, sampler=sampler),
         DataLoader(data, batch_sampler=batches),
+        DataLoader(data, sampler=batches, batch_size=None),
         DataLoader(data, shuffle=True, generator=generator),
     ):
         assert checkpoint_generators(loader) == [generator]

@@ -3,12 +3,14 @@
 import runpy
 import sys
 
-import numpy as np
 import pytest
 import torch
+from torch.distributions import Independent, Normal
 
 from pyro_bayes import demo
-from pyro_bayes.demo import digits, loop, regression, table
+from pyro_bayes.demo import digits, plain, regression, table
+from pyro_bayes.likelihoods import Categorical
+from pyro_bayes.predictive import Predictive
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [f"{i},{i * i % 7},{2 * i + i % 3}" for i in range(40)]
@@ -132,7 +134,7 @@ def test_exit_code(monkeypatch, capsys):
     assert_one_line(capsys, "--target")
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "numpy", "rich", "sklearn"])
+@pytest.mark.parametrize("package", ["matplotlib", "numpy", "rich", "sklearn", "torchmetrics"])
 def test_missing_package(monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert demo.main([]) == 2
@@ -140,53 +142,55 @@ def test_missing_package(monkeypatch, capsys, package):
 
 
 def test_minibatches_cover_the_data_and_repeat_under_a_seed():
-    first, second = (list(loop.minibatches(10, size=3, steps=7, seed=1)) for _ in range(2))
-    assert len(first) == 7
-    for batch, again in zip(first, second, strict=True):
-        assert batch.shape == (3,)
-        assert torch.equal(batch, again)
-    for start in (0, 3):
-        assert len(torch.cat(first[start : start + 3]).unique()) == 9
-    assert [len(b) for b in loop.minibatches(10, size=64, steps=2, seed=1)] == [10, 10]
+    x, y = torch.arange(10.0), torch.arange(10)
+    loaders = [plain.minibatches(x, y, size=3, seed=1) for _ in range(2)]
+    for _ in range(2):
+        first, second = map(list, loaders)
+        assert [len(labels) for _, labels in first] == [3, 3, 3]
+        assert len(torch.cat([labels for _, labels in first]).unique()) == 9
+        for (inputs, labels), (_, again) in zip(first, second, strict=True):
+            assert torch.equal(labels, again)
+            assert torch.equal(inputs, labels.float())
+    (batch,) = plain.minibatches(x, y, size=64, seed=1)
+    assert len(batch[1]) == 10
 
 
-def test_calibration_error():
+def test_scores_of_digits():
+    # Confidence 0.9 and right 8 of 10 times; 0.6 and right 5 of 5 times; 1.0 and right.
     probs = torch.tensor([[0.9, 0.1]] * 10 + [[0.4, 0.6]] * 5 + [[1.0, 0.0]])
     labels = torch.tensor([0] * 8 + [1] * 2 + [1] * 5 + [0])
-    curve = digits.reliability(probs.log(), labels)
-    assert curve.count.tolist() == [5, 10, 1]
-    np.testing.assert_allclose(curve.accuracy, [1.0, 0.8, 1.0])
-    np.testing.assert_allclose(curve.confidence, [0.6, 0.9, 1.0], rtol=1e-6)
-    assert curve.error == pytest.approx((5 * 0.4 + 10 * 0.1) / 16, rel=1e-5)
+    score = digits.score(plain.predict(torch.nn.Identity(), Categorical(), probs.log()), labels)
+    assert score.error == "12.5%"
+    assert float(score.calibration) == pytest.approx((5 * 0.4 + 10 * 0.1) / 16, abs=1e-3)
+    expected = probs[range(16), labels].log()
+    torch.testing.assert_close(score.log_likelihoods, expected)
 
 
-def test_densities_are_of_the_targets_own_unit():
+def test_scores_of_regression_are_in_the_targets_own_unit():
     x = torch.randn(40, 2, dtype=torch.float64)
-    data = regression.split(table.Table(x, 5 + 3 * x[:, 0], "ab", "y"), seed=0)
+    target = 5 + 3 * x[:, 0]
+    data = regression.split(table.Table(x, target, "ab", "y"), seed=0)
     assert data.y.mean().item() == pytest.approx(0, abs=1e-6)
     assert data.y.std(correction=0).item() == pytest.approx(1, rel=1e-5)
-    loc = torch.randn(2, 10)
-    draws = [torch.distributions.Normal(row, torch.full_like(row, 0.5)) for row in loc]
-    density = regression.mixture(data, draws).log_prob(data.y_test).exp()
-    own = torch.distributions.Normal(data.location + data.scale * loc.double(), 0.5 * data.scale)
-    torch.testing.assert_close(density, own.log_prob(data.y_test).exp().mean(0))
+    loc = torch.randn(200, 10, 1)
+    score = regression.score(Predictive(Independent(Normal(loc, 0.5), 1)), data)
+    truth = (data.location + data.scale * data.y_test).squeeze(-1)
+    assert {round(v, 4) for v in truth.tolist()} <= {round(v, 4) for v in target.tolist()}
+    own = Normal(data.location + data.scale * loc.squeeze(-1), 0.5 * data.scale)
+    expected = own.log_prob(truth).exp().mean(0).log()
+    torch.testing.assert_close(score.log_likelihoods, expected, rtol=1e-4, atol=1e-5)
+    error = (own.mean.mean(0) - truth).square().mean().sqrt()
+    assert float(score.error) == pytest.approx(error.item(), rel=1e-3)
+    samples = own.sample((100,)).flatten(0, 1)
+    low, high = samples.quantile(torch.tensor([0.05, 0.95]), dim=0)
+    assert score.calibration == f"{((low < truth) & (truth < high)).double().mean():.1%}"
 
 
-def test_far_values_do_not_overflow():
+@pytest.mark.parametrize("column", ["b", "y"])
+def test_far_values_do_not_overflow(column):
     x = torch.arange(80.0, dtype=torch.float64).reshape(40, 2)
+    y = x[:, 0].clone()
     _, test = regression.train_test_split(range(40), test_size=10, random_state=0)
-    x[test[0], 1] = 1e38
-    with pytest.raises(table.InputError, match=r"column 'b'; got one that is .*e\+36 standard"):
-        regression.split(table.Table(x, x[:, 0], "ab", "y"), seed=0)
-
-
-def test_intervals_are_those_of_the_mixture():
-    x = torch.randn(40, 1, dtype=torch.float64)
-    data = regression.split(table.Table(x, x[:, 0], "a", "y"), seed=0)
-    zero, one = torch.zeros(10), torch.ones(10)
-    prediction = regression.mixture(data, [torch.distributions.Normal(zero, one)] * 200)
-    mean, low, high = regression.summarise(prediction, rows=7)
-    assert mean.shape == low.shape == high.shape == (7,)
-    wide = 1.645 * data.scale
-    torch.testing.assert_close(high - mean, torch.full_like(mean, wide), rtol=0.05, atol=0)
-    torch.testing.assert_close(mean - low, torch.full_like(mean, wide), rtol=0.05, atol=0)
+    (x[:, 1] if column == "b" else y)[test[0]] = 1e38
+    with pytest.raises(table.InputError, match=rf"'{column}'; got one that is .*e\+36 standard"):
+        regression.split(table.Table(x, y, "ab", "y"), seed=0)

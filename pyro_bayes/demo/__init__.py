@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parse(argv)
-        for package in ("matplotlib", "numpy", "rich", "sklearn"):
+        for package in ("matplotlib", "numpy", "rich", "sklearn", "torchmetrics"):
             require(package, extra="demo")
         with _one_thread():
             _run(arguments)
@@ -55,12 +55,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if own is None:
         paths.insert(0, arguments.output / "digits.png")
         pyro.set_rng_seed(seed)
-        digits.run(seed=seed, steps=40 if smoke else 3000, draws=draws, path=paths[0])
+        digits.run(seed=seed, epochs=8 if smoke else 600, draws=draws, path=paths[0])
     pyro.set_rng_seed(seed)
     regression.run(
         regression.diabetes() if own is None else own,
         seed=seed,
-        steps=40 if smoke else None,
+        epochs=20 if smoke else None,
         draws=draws,
         path=paths[-1],
     )

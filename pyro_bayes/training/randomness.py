@@ -58,12 +58,18 @@ def restore(saved: dict[str, Any], device: torch.device, loaders: Sequence[Any])
 def generators(loaders: Sequence[Any]) -> list[torch.Generator]:
     """Returns the generators that loaders and their samplers own, each once."""
     found: dict[int, torch.Generator] = {}
-    for loader in loaders:
-        batches = getattr(loader, "batch_sampler", None)
-        for owner in (loader, getattr(loader, "sampler", None), batches, _sampler(batches)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
+    seen: set[int] = set()
+    owners = list(reversed(loaders))
+    while owners:
+        owner = owners.pop()
+        if owner is None or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        # A sampler of batches may hold another sampler, in either place.
+        owners += [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
     return list(found.values())
 
 
@@ -81,7 +87,3 @@ def apart(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _sampler(batches: Any) -> Any:
-    return getattr(batches, "sampler", None)
