@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench gradient-variance test-lowest clean
+.PHONY: demo test lint bench gradient-variance uci test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -21,6 +21,10 @@ bench: .venv-bench/ready  ## Time us and others; writes benchmarks/README.md
 
 gradient-variance: $(READY)  ## Measure the variance of gradients; writes benchmarks/README.md
 	$(BIN)/python benchmarks/gradient_variance.py
+
+uci: $(READY)  ## Score on the UCI datasets: make uci DATA=folder PUBLISHED=file.csv
+	$(BIN)/python -m benchmarks.uci $(if $(DATA),--data '$(DATA)') \
+		$(if $(PUBLISHED),--published '$(PUBLISHED)')
 
 test-lowest:  ## Run the tests with the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -54,11 +54,9 @@ class BayesianModel(LiftedModule):
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.
-            `"empirical"` takes for each tensor the variance that maximises the ELBO, at every
-            moment, see :class:`pyro_bayes.prior_variance.Empirical`; Pyro's front end, `NUTS` and
-            draws from the prior use the same present value. A mapping from patterns to any of
-            these, as `{"0.*": 0.1, "": "empirical"}`, gives a parameter that of the first pattern
-            that it matches.
+            `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
+            see :class:`pyro_bayes.prior_variance.Empirical`. In a mapping from patterns to any of
+            these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
         name: What stands in front of the names of the sites, and of the parameters in Pyro's param
             store, where a name that another living model has gets a number. Two models in one
             Pyro model need names. By default, sites bear the parameters' own names, and the store
@@ -328,8 +326,8 @@ class BayesianModel(LiftedModule):
         of the dataset also with minibatches.
 
         Arguments:
-            prior_var: The variance :math:`\sigma_p^2` of the prior, that of the model by default.
-                It is as in the model: a number, `"empirical"` or a mapping from patterns.
+            prior_var: The variance :math:`\sigma_p^2` of the prior, as in the model, whose it is by
+                default.
 
         Returns:
             The divergence in nats, a 0-dim tensor.

@@ -30,6 +30,10 @@ class Empirical:
     chosen. The divergence is the least over all variances; so its gradient is that at a fixed
     :math:`\sigma_p^2`, and estimators that draw from the posterior take it as fixed.
 
+    Pyro's sample sites have the variance of the moment at which the model runs. So SVI trains the
+    same ELBO, a model that is run without a guide draws from the prior as the posterior has made
+    it, and NUTS samples the posterior under that prior, which stays as it is meanwhile.
+
     A group that the data do not support is switched off: its means and deviations shrink together,
     and the divergence does not hold them. One of few elements is hardly held by its prior at all.
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,9 +61,8 @@ def test_readme_repeats_the_figures():
 @pytest.fixture
 def uci(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.uci import data, networks, published
-
-    return {"data": data, "networks": networks, "published": published}
+    names = ("data", "networks", "published", "__main__")
+    return {name: import_module(f"benchmarks.uci.{name}") for name in names}
 
 
 def made(size=40, inputs=3):
@@ -93,10 +93,37 @@ def test_uci_table(tmp_path):
     assert re.search(r"\| `yacht` \| DVI, -1000000000.00 \| \+.* \| above \| -", text)
     assert "PBP, mean field | -2000000000.00 ± 0.10" in text
     assert "0.50" not in text  # what nobody has read
-    missing = [*run[:5], "--data", tmp_path, "--datasets", "wine"]
-    found = subprocess.run(missing, check=False, capture_output=True, cwd=ROOT, text=True)
-    assert "wine.npz, with the arrays X (N, D) and y (N,); got none" in found.stderr
-    assert "Traceback" not in found.stderr
+
+
+def test_uci_missing_data(uci, tmp_path):
+    options = ["--data", str(tmp_path), "--datasets", "wine", "--processes", "1"]
+    with pytest.raises(SystemExit, match=r"wine.npz, with the arrays X \(N, D\) and y \(N,\)"):
+        uci["__main__"].main(options)
+    with pytest.raises(uci["data"].Missing, match=r"OpenML is known to have; got power\. Name a"):
+        uci["data"].load("power", None)
+
+
+def test_uci_openml(uci, monkeypatch):
+    import sklearn.datasets
+
+    def fetch(size):
+        frame = pandas.DataFrame(np.zeros((size, 6)))
+        return lambda **_: (frame, pandas.Series(np.ones(size)))
+
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch(308))
+    x, y = uci["data"].load("yacht", None)
+    assert (x.shape, y.shape) == ((308, 6), (308,))
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch(307))
+    with pytest.raises(uci["data"].Missing, match=r"\(308, 6\); got \(307, 6\) from OpenML"):
+        uci["data"].load("yacht", None)
+
+    def fail(**_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fail)
+    with pytest.raises(uci["data"].Missing, match=r"reach; got: no network\. Name a folder"):
+        uci["data"].load("yacht", None)
 
 
 def test_uci_splits(uci, tmp_path):

@@ -43,16 +43,26 @@ def measure(options: argparse.Namespace, setting: Setting) -> dict[str, Scores]:
         options: The options of the command line.
         setting: How to train.
     """
+    results = {}
+    for name, (scores, seconds) in _runs(options, setting):
+        _tell(name, scores, seconds)
+        results[name] = scores
+    return {name: results[name] for name in options.datasets}
+
+
+def _runs(
+    options: argparse.Namespace, setting: Setting
+) -> Iterator[tuple[str, tuple[Scores, float]]]:
     names = sorted(options.datasets, key=COSTLY_FIRST.index)
-    # Each process works with one thread: the tensors are small.
+    arguments = options.data, setting, options.validate, options.splits
+    if options.processes == 1:
+        for name in names:
+            yield name, run(name, *arguments)
+        return
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        arguments = options.data, setting, options.validate, options.splits
         futures = {name: pool.submit(run, name, *arguments) for name in names}
-        results = {}
-        for name in options.datasets:
-            results[name], seconds = futures[name].result()
-            _tell(name, results[name], seconds)
-    return results
+        for name, future in futures.items():
+            yield name, future.result()
 
 
 def report(
