@@ -13,7 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 Estimator: TypeAlias = Literal["weights", "local", "flipout"]
 
-_HERE: AbstractContextManager[object] = nullcontext()
+_HERE: AbstractContextManager[None] = nullcontext()
 
 
 class ContextNoise:
@@ -115,7 +115,7 @@ class ContextNoise:
         seen.append(value.detach())
         return len(seen) - 1
 
-    def outside(self) -> AbstractContextManager[object]:
+    def outside(self) -> AbstractContextManager[None]:
         """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
         if torch.compiler.is_compiling():
             return _HERE
