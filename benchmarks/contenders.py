@@ -11,6 +11,7 @@ import pyro
 import torch
 from nets import DATASET_SIZE, LEARNING_RATE, LOGVAR, PRIOR_VAR, Problem
 from peers import Predict, Running, draws, optimised
+from pyro.distributions import TorchDistribution
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from timing import reason
 from torch import Tensor, nn
@@ -80,6 +81,54 @@ def floor(problem: Problem, local: bool) -> Running:
         optimizer.step()
 
     return Running(step, {})
+
+
+def svi_floor(problem: Problem) -> Running:
+    """Does what no SVI with one site per parameter can do without, and nothing else.
+
+    That is the plain net's forward and backward pass, one normal number per weight, and what Pyro
+    does for a site in the guide and in the model, two parameters per site and an optimiser for
+    each. Nothing computes what is drawn, and densities are as good as constant.
+    """
+    net = problem.build()
+    x, y = problem.examples(problem.batch)
+    parameters = dict(net.named_parameters())
+    others = {name: torch.zeros_like(p).requires_grad_() for name, p in parameters.items()}
+    noise = torch.empty(sum(p.numel() for p in parameters.values()))
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        noise.normal_()
+        for name, parameter in parameters.items():
+            value = pyro.param(f"floor.{name}", parameter)
+            other = pyro.param(f"floor.other.{name}", others[name])
+            pyro.sample(name, _Known(value, other))
+
+    def model(x: Tensor, y: Tensor) -> None:
+        for name, parameter in parameters.items():
+            pyro.sample(name, _Known(parameter))
+        output = net(x)
+        with pyro.plate("data", DATASET_SIZE, subsample=x):
+            pyro.sample("y", problem.loss.likelihood(output), obs=y)
+
+    trainer = SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), Trace_ELBO())
+    return Running(lambda: trainer.step(x, y), {})
+
+
+class _Known(TorchDistribution):
+    """A distribution whose draw is at hand, and whose log-density depends on nothing but a sum."""
+
+    has_rsample = True
+
+    def __init__(self, value: Tensor, summed: Tensor | None = None) -> None:
+        self._value = value
+        self._log_prob = value.new_zeros(()) if summed is None else summed.sum()
+        super().__init__(event_shape=value.shape, validate_args=False)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self._value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_prob
 
 
 def _layer_calls(net: nn.Module, x: Tensor) -> list[tuple[nn.Module, Any, Any, int]]:
@@ -189,6 +238,7 @@ CONTENDERS = {
     PLAIN: Contender("plain net", plain),
     "floor": Contender("*floor of draws of weights*", floor, {"local": False}),
     "floor-local": Contender("*floor of local noise*", floor, {"local": True}),
+    "floor-svi": Contender("*floor of SVI*", svi_floor),
     "weights": Contender("pyro_bayes, draws of weights", ours, {"local_trick": False}),
     "local": Contender("pyro_bayes, local noise", ours, {"local_trick": True}),
     "flipout": Contender("pyro_bayes, flipout", ours, {"local_trick": "flipout"}),

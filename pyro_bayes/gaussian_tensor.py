@@ -241,6 +241,8 @@ class GaussianTensor(torch.Tensor):
         if func == _REQUIRES_GRAD:
             return _pin(args[0])
         if func in _METADATA:
+            if len(args) == 1 and not kwargs:
+                return func(args[0]._mean)
             return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
         given = gaussians_in((*args, *kwargs.values()))
         found = RULES.get(func)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 Estimator: TypeAlias = Literal["weights", "local", "flipout"]
+
+_HERE: AbstractContextManager[None] = nullcontext()
 
 
 class ContextNoise:
@@ -73,7 +75,7 @@ class ContextNoise:
         """
 
         def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.randint(2, tuple(shape), dtype=dtype, device=device) * 2 - 1
+            return torch.randint(2, tuple(shape), dtype=dtype, device=device).mul_(2).sub_(1)
 
         return self._rows(("signs", *source), count, (size,), like, sample)
 
@@ -113,20 +115,15 @@ class ContextNoise:
         seen.append(value.detach())
         return len(seen) - 1
 
-    @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self) -> AbstractContextManager[None]:
         """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
-        with ExitStack() as stack:
-            if not torch.compiler.is_compiling():
-                if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-                    # Activation checkpointing counts what is saved, and would not see it again.
-                    hooks = torch.autograd.graph.saved_tensors_hooks(_identity, _identity)
-                    stack.enter_context(hooks)
-                if torch.is_inference_mode_enabled():
-                    stack.enter_context(torch.inference_mode(False))
-                for _ in range(_level() - self._level):
-                    stack.enter_context(temporarily_pop_interpreter_stack())
-            yield
+        if torch.compiler.is_compiling():
+            return _HERE
+        levels, inference = _level() - self._level, torch.is_inference_mode_enabled()
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if not (levels or inference or hooked):
+            return _HERE
+        return _left(levels, inference, hooked)
 
     def _rows(
         self,
@@ -200,6 +197,19 @@ def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
     if local_trick == "flipout":
         return ContextNoise("flipout", batch_dim)
     return ContextNoise("local" if local_trick else "weights", batch_dim)
+
+
+@contextmanager
+def _left(levels: int, inference: bool, hooked: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if hooked:
+            # Activation checkpointing counts what is saved, and would not see it again.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
+        if inference:
+            stack.enter_context(torch.inference_mode(False))
+        for _ in range(levels):
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,11 +224,21 @@ class _Run:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 warnings.warn(
                     "Expected a base that torch.vmap can batch over draws; got"
-                    f" {type(self._base).__name__}, which failed ({reason}). It is called once per"
-                    " draw, as by chunk_size=1, with the same results in the time of a loop.",
+                    f" {type(self._base).__name__}, which failed{_where(error, self._base)}"
+                    f" ({reason}). It is called once per draw, as by chunk_size=1, with the same"
+                    " results in the time of a loop.",
                     stacklevel=6,
                 )
             return None
+
+
+def _where(error: BaseException, base: nn.Module) -> str:
+    """Says which submodule of a base an error came from, if it was one."""
+    names = {id(module): name for name, module in base.named_modules()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    callers = [frame.f_locals.get("self") for frame in frames]
+    module = next((m for m in reversed(callers) if names.get(id(m))), None)
+    return "" if module is None else f" in '{names[id(module)]}' ({type(module).__name__})"
 
 
 class _Draws:

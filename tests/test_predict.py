@@ -352,9 +352,7 @@ def test_functions_get_all_parts_of_a_batch(bnn, data):
 def test_loop_where_vmap_fails(module, data):
     bnn, (x, _) = BayesianModel(module(), init_logvar=-2.0), data
     expected = bnn.predict(x, 30, chunk_size=1, generator=seeded())
-    with pytest.warns(
-        UserWarning, match=rf"got {type(bnn.base).__name__}, which failed \("
-    ) as seen:
+    with pytest.warns(UserWarning, match=rf"got {type(bnn.base).__name__}, which failed") as seen:
         first = bnn.predict(x, 30, chunk_size=8, generator=seeded())
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -362,6 +360,19 @@ def test_loop_where_vmap_fails(module, data):
     for prediction in (first, again):
         assert torch.equal(prediction.mean, expected.mean)
         assert torch.equal(prediction.variance, expected.variance)
+
+
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        (Recurrent, r"Recurrent, which failed in 'cell' \(LSTM\) \("),
+        (Branching, r"Branching, which failed \("),
+    ],
+)
+def test_note_names_the_module_that_vmap_cannot_batch(module, place, data):
+    bnn = BayesianModel(module(), init_logvar=-2.0)
+    with pytest.warns(UserWarning, match=place):
+        bnn.predict(data[0], 30, chunk_size=8)
 
 
 def test_loop_of_an_operator_that_torch_would_loop_over():
