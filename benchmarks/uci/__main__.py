@@ -66,7 +66,11 @@ def _runs(
 
 
 def report(
-    results: Mapping[str, Scores], setting: Setting, path: Path | None, minutes: float
+    results: Mapping[str, Scores],
+    setting: Setting,
+    path: Path | None,
+    minutes: float,
+    part: str = "Test",
 ) -> Iterator[str]:
     """Yields the tables and what they say, in Markdown.
 
@@ -75,9 +79,10 @@ def report(
         setting: How the networks were trained.
         path: The file of published numbers, if there is one.
         minutes: How long it took.
+        part: What was predicted.
     """
     names = list(results)
-    for metric, title in (("LL", "Test log-likelihood"), ("RMSE", "Test RMSE")):
+    for metric, title in (("LL", f"{part} log-likelihood"), ("RMSE", f"{part} RMSE")):
         methods = published.read(path, metric) if path else []
         rows = [[OURS, *(_cell(_values(results[name], metric)) for name in names)]]
         rows += [[_label(m), *(m.cell(name) for name in names)] for m in methods]
@@ -178,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from error
     minutes = (time.perf_counter() - start) / 60
     parts = []
-    for part in report(results, setting, options.published, minutes):
+    predicted = "Validation" if options.validate else "Test"
+    for part in report(results, setting, options.published, minutes, predicted):
         print(part, end="\n\n", flush=True)
         parts.append(part)
     if section:

@@ -16,9 +16,11 @@ from benchmarks.uci.data import Splits, load, split
 from pyro_bayes import ELBO, BayesianModel, fit
 from pyro_bayes.likelihoods import HeteroscedasticGaussian
 from pyro_bayes.predictive import Predictive
-from pyro_bayes.prior_variance import Empirical
+from pyro_bayes.prior_variance import Empirical, PriorVar
 
-PRIORS = {
+PRIORS: dict[str, PriorVar] = {
+    "unit": 1.0,
+    "wide": 10.0,
     "input": {
         "weight1": Empirical(each=(0, 1)),
         "weight2": Empirical(each=(0, 2)),
@@ -27,8 +29,8 @@ PRIORS = {
     },
     "tensor": Empirical(each=0),
 }
-"""What has a prior variance of its own, in each split: each input of the network and each output,
-or each tensor."""
+"""The variances of the prior: one number, or what maximises the ELBO for each input and each output
+of each network, or for each of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,16 @@ class Setting:
         learning_rate: The learning rate in the beginning.
         batch_size: The largest number of examples in a batch.
         init_logvar: The initial value of log σ².
-        prior: What has a prior variance of its own, one of :data:`PRIORS`.
+        prior: The variances of the prior, one of :data:`PRIORS`.
         draws: The number of draws of the weights that predict.
         seed: The seed.
     """
 
-    steps: int = 4000
+    steps: int = 5000
     learning_rate: float = 0.01
     batch_size: int = 1000
     init_logvar: float = -9.0
-    prior: str = "input"
+    prior: str = "unit"
     draws: int = 500
     seed: int = 0
 
