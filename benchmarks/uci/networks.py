@@ -47,9 +47,9 @@ class Setting:
         seed: The seed.
     """
 
-    steps: int = 5000
+    steps: int = 3000
     learning_rate: float = 0.01
-    batch_size: int = 1000
+    batch_size: int = 500
     init_logvar: float = -9.0
     prior: str = "unit"
     draws: int = 500
