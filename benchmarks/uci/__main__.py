@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
@@ -44,15 +43,13 @@ def measure(options: argparse.Namespace, setting: Setting) -> dict[str, Scores]:
         setting: How to train.
     """
     results = {}
-    for name, (scores, seconds) in _runs(options, setting):
-        _tell(name, scores, seconds)
+    for name, scores in _runs(options, setting):
+        _tell(name, scores)
         results[name] = scores
     return {name: results[name] for name in options.datasets}
 
 
-def _runs(
-    options: argparse.Namespace, setting: Setting
-) -> Iterator[tuple[str, tuple[Scores, float]]]:
+def _runs(options: argparse.Namespace, setting: Setting) -> Iterator[tuple[str, Scores]]:
     names = sorted(options.datasets, key=COSTLY_FIRST.index)
     arguments = options.data, setting, options.validate, options.splits
     if options.processes == 1:
@@ -66,11 +63,7 @@ def _runs(
 
 
 def report(
-    results: Mapping[str, Scores],
-    setting: Setting,
-    path: Path | None,
-    minutes: float,
-    part: str = "Test",
+    results: Mapping[str, Scores], setting: Setting, path: Path | None, part: str = "Test"
 ) -> Iterator[str]:
     """Yields the tables and what they say, in Markdown.
 
@@ -78,7 +71,6 @@ def report(
         results: The scores by dataset.
         setting: How the networks were trained.
         path: The file of published numbers, if there is one.
-        minutes: How long it took.
         part: What was predicted.
     """
     names = list(results)
@@ -91,7 +83,8 @@ def report(
         if metric == "LL" and methods:
             yield compare(results, methods)
     used = ", ".join(f"{f.name} {getattr(setting, f.name)}" for f in fields(setting))
-    yield f"Setting: {used}. torch {torch.__version__} on the CPU; {minutes:.0f} minutes."
+    minutes = sum(scores.seconds for scores in results.values()) / 60
+    yield f"Setting: {used}. torch {torch.__version__}; {minutes:.0f} minutes of one core in all."
 
 
 def compare(results: Mapping[str, Scores], methods: Sequence[published.Method]) -> str:
@@ -135,10 +128,10 @@ def _label(method: published.Method) -> str:
     return f"{method.name}, mean field" if method.is_mean_field else method.name
 
 
-def _tell(name: str, scores: Scores, seconds: float) -> None:
+def _tell(name: str, scores: Scores) -> None:
     parts = (f"{label} {_moments(values)[0]:.3f} ± {_moments(values)[1]:.3f}" for label, values in
              (("log-likelihood", scores.log_likelihood), ("RMSE", scores.rmse)))  # fmt: skip
-    print(f"  {name}: ELBO {scores.elbo:.4f}, {', '.join(parts)}; {seconds:.0f} s of the processor",
+    print(f"  {name}: ELBO {scores.elbo:.4f}, {', '.join(parts)}; {scores.seconds:.0f} s of a core",
           file=sys.stderr, flush=True)  # fmt: skip
 
 
@@ -176,15 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     section = Section(options.output, MARK) if options.output else None
     if section:
         section.surroundings()  # raises before the work is done
-    start = time.perf_counter()
     try:
         results = measure(options, setting)
     except Missing as error:
         raise SystemExit(str(error)) from error
-    minutes = (time.perf_counter() - start) / 60
     parts = []
     predicted = "Validation" if options.validate else "Test"
-    for part in report(results, setting, options.published, minutes, predicted):
+    for part in report(results, setting, options.published, predicted):
         print(part, end="\n\n", flush=True)
         parts.append(part)
     if section:

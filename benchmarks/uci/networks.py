@@ -58,18 +58,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scores:
-    """What came of each split; all of shape `(K)`, and in the targets' units.
+    """What came of the splits. What is of shape `(K)` is of each, and in the targets' units.
 
     Arguments:
         rmse: The root-mean-square error of the predictive mean.
         log_likelihood: The mean log-density, in nats.
         elbo: The mean over the last tenth of the training of the ELBO per datum, in nats; that of
             all splits together, divided by their number.
+        seconds: The seconds of the processor.
     """
 
     rmse: Tensor
     log_likelihood: Tensor
     elbo: float
+    seconds: float
 
 
 class Networks(nn.Module):
@@ -132,6 +134,7 @@ def evaluate(splits: Splits, setting: Setting) -> Scores:
         setting: How to train.
     """
     torch.manual_seed(setting.seed)
+    start = time.process_time()
     size, count, inputs = splits.x.shape
     bnn = BayesianModel(
         Networks(count, inputs), setting.init_logvar, prior_var=PRIORS[setting.prior]
@@ -157,12 +160,11 @@ def evaluate(splits: Splits, setting: Setting) -> Scores:
         errors.square().mean(0).sqrt() * splits.scale,
         log_probs.mean(0) - splits.scale.log(),
         elbo,
+        time.process_time() - start,
     )
 
 
-def run(
-    name: str, folder: Path | None, setting: Setting, validation: bool, count: int
-) -> tuple[Scores, float]:
+def run(name: str, folder: Path | None, setting: Setting, validation: bool, count: int) -> Scores:
     """Trains and tests on one dataset, with one thread.
 
     Arguments:
@@ -171,11 +173,6 @@ def run(
         setting: How to train.
         validation: Whether to leave the test part alone, see :func:`split`.
         count: The number of splits.
-
-    Returns:
-        The scores, and the seconds of the processor.
     """
     torch.set_num_threads(1)  # the tensors are small
-    start = time.process_time()
-    scores = evaluate(split(*load(name, folder), validation=validation, count=count), setting)
-    return scores, time.process_time() - start
+    return evaluate(split(*load(name, folder), validation=validation, count=count), setting)
