@@ -111,7 +111,7 @@ class BayesianModel(LiftedModule):
         )
         super().__init__(base, prior, guide, choices)
         self._init_logvar, self._prior_var = float(init_logvar), float(prior_var)
-        self._latest = _Latest()
+        self._latest = fused.Latest()
 
     # Draws
 
@@ -228,9 +228,10 @@ class BayesianModel(LiftedModule):
             posterior = self._guide.posterior()
             values: Mapping[str, Tensor]
             if noise.estimator == "weights":
-                values, self._latest.anchor = fused.outputs_and_anchor("draws", posterior)
+                values, anchor = fused.outputs_and_anchor("draws", posterior)
             else:
-                values, self._latest.anchor = of_posterior(posterior, noise)
+                values, anchor = of_posterior(posterior, noise)
+            self._latest.put(anchor, self._swap.originals)
             with self._hold(values) as base:
                 yield base
 
@@ -338,8 +339,8 @@ class BayesianModel(LiftedModule):
         if prior_var is None:
             prior_var = self._prior_var
         check_prior_var(prior_var)
-        anchor, self._latest.anchor = self._latest.anchor, None
-        return fused.kl_divergence(self._guide.posterior(), float(prior_var), anchor)
+        posterior, anchor = self._guide.posterior(), self._latest.take(self._swap.originals)
+        return fused.kl_divergence(posterior, float(prior_var), anchor)
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -380,12 +381,3 @@ class BayesianModel(LiftedModule):
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_var, uses)
-
-
-class _Latest:
-    """The anchor of the latest draws, which copies and pickles do without."""
-
-    anchor: fused.Anchor | None = None
-
-    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
-        return _Latest, ()
