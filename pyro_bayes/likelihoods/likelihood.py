@@ -89,7 +89,7 @@ class Likelihood(nn.Module, ABC):
         Raises:
             TypeError: If an argument is not of tensors.
             ValueError: If a shape, a dtype or a value is not what it has to be, as in
-                :meth:`check`.
+                :meth:`Likelihood.check`.
         """
         distribution, y = self._fit(output, y)
         log_prob: Tensor = distribution.log_prob(y)
