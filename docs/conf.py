@@ -1,9 +1,13 @@
 """How the documentation is built: `make docs`."""
 
 import os
+import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pyro_bayes
+
+sys.path.append(str(Path(__file__).parent))  # for the extension `gallery`
 
 project = "pyro_bayes"
 author = "The pyro_bayes developers"
@@ -17,6 +21,7 @@ extensions = [
     "myst_nb",
     "sphinx_copybutton",
     "sphinx_design",
+    "gallery",
 ]
 
 nitpicky = True
@@ -39,13 +44,14 @@ nitpick_ignore_regex = [(r"py:.*", r"(collections|torch|pyro|matplotlib|arviz|xa
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # docstrings have types in words, with shapes
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown with the outputs that they are stored with
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = "pyro_bayes"
 html_static_path = ["_static"]
