@@ -70,9 +70,10 @@ def problems_of_links(site: Path) -> Iterator[str]:
             linked = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not linked.is_file():
                 yield f"{name} links to {target}, which is not there"
-            elif parts.fragment and linked in pages:
-                if unquote(parts.fragment) not in pages[linked].anchors:
-                    yield f"{name} links to {target}, which has no such place"
+                continue
+            anchors = pages[linked].anchors if linked in pages else set()
+            if parts.fragment and unquote(parts.fragment) not in anchors:
+                yield f"{name} links to {target}, which has no such place"
 
 
 def problems_of_notebooks(site: Path, folder: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # for the extension `gallery`
 
 project = "pyro_bayes"
 author = "The pyro_bayes developers"
-copyright = author  # noqa: A001
+copyright = author
 version = release = pyro_bayes.__version__
 
 extensions = [

@@ -69,8 +69,11 @@ def abstract(cells: list[Any]) -> tuple[str, str]:
     start = "".join(cells[0]["source"])
     found = re.match(r"# (.+)\n\n([^#\n].*(?:\n.+)*)", start)
     if cells[0]["cell_type"] != "markdown" or found is None:
-        raise ValueError(f"Expected a notebook to start with a heading, a paragraph; got {start!r}.")
-    return found[1], found[2].replace("\n", " ").rstrip(",:")
+        raise ValueError(
+            f"Expected a notebook to start with a heading, a paragraph; got {start!r}."
+        )
+    text = found[2].replace("\n", " ")
+    return found[1], text if text[-1] in ".?!" else text.rstrip(",:") + "."
 
 
 def figure(cells: list[Any]) -> bytes:
