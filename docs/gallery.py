@@ -107,7 +107,14 @@ def figures(cell: Any) -> Iterator[str]:
             yield "".join(output["data"]["image/png"])
 
 
+def outdated(app: Sphinx, env: Any, added: set[str], changed: set[str], removed: set[str]) -> Any:
+    """Returns the page of the gallery, to be read again, if notebooks came or went."""
+    moved = any(page.startswith("notebooks/") for page in added | removed)
+    return ["notebooks"] if moved and "notebooks" in env.found_docs else []
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the directive."""
     app.add_directive("gallery", Gallery)
+    app.connect("env-get-outdated", outdated)
     return {"parallel_read_safe": True}
