@@ -49,6 +49,14 @@ def test_page_runs(path, tmp_path, monkeypatch):
         assert pictures == {"regression-dark.svg", "regression-light.svg"}
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_no_code_is_left_out(path):
+    text = path.read_text()
+    fences = re.findall(r"`{3,}\s*([a-z]+)", text)
+    assert set(fences) <= {"python", "pycon", "sh"}
+    assert len(FENCE.findall(text)) == len([kind for kind in fences if kind != "sh"])
+
+
 def test_sessions_are_checked(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("```python\nx = 1\n```\n\n```pycon\n>>> x + 1\n3\n```\n")
