@@ -43,11 +43,14 @@ class Gallery(SphinxDirective):
         for name in dict.fromkeys([*first, *found]):
             self.env.note_dependency(str(found[name]))
             cells = json.loads(found[name].read_text(encoding="utf-8"))["cells"]
-            title, text = abstract(cells)
+            try:
+                (title, text), shown = abstract(cells), figure(cells)
+            except ValueError as error:
+                raise self.error(f"{name}.ipynb: {error}") from error
             picture = Path("_build", "gallery", f"{name}.png")
             path = Path(self.env.srcdir, picture)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(figure(cells))
+            path.write_bytes(shown)
             pages.append(f"notebooks/{name}")
             cards.append(
                 CARD.format(title=title, text=text, link=pages[-1], picture=picture.as_posix())
