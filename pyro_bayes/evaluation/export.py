@@ -52,7 +52,7 @@ def to_arviz(
         generator: Where the seed comes from, torch's global generator by default.
 
     Returns:
-        The data structure of the ArviZ that is installed: an :class:`xarray.DataTree` from
+        The data structure of the ArviZ that is installed, an :class:`xarray.DataTree` from
         version 1 on, an :class:`arviz.InferenceData` before.
 
     Raises:

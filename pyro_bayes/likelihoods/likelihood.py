@@ -83,7 +83,7 @@ class Likelihood(nn.Module, ABC):
             y: The target, of shape :math:`(B, *)`.
 
         Returns:
-            The log-densities or log-probabilities in nats, of shape :math:`(B)`: sums over each
+            The log-densities or log-probabilities in nats, of shape :math:`(B)`, sums over each
             example's own dimensions, in single precision or more.
 
         Raises:
