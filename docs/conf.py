@@ -28,7 +28,8 @@ nitpicky = True
 exclude_patterns = ["_build", "notebooks/README.md"]
 default_role = "literal"  # docstrings have code in single backticks
 
-# Other projects' names are links where their inventories can be fetched, and plain names elsewhere.
+# Other projects' names are links with `INTERSPHINX=1 make docs`, which fetches their inventories
+# from a network, and plain names without.
 if os.environ.get("INTERSPHINX"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {

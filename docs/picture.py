@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pyro_bayes.evaluation import plots
 
 FOLDER = Path(__file__).parent
-COLORS = {"light": "#222222", "dark": "#dddddd"}
+COLORS = {"light": ("#222222", "#0072B2"), "dark": ("#dddddd", "#56B4E9")}
 
 
 def draw(scope: dict[str, Any], folder: Path) -> None:
@@ -22,7 +22,7 @@ def draw(scope: dict[str, Any], folder: Path) -> None:
         scope: What the page's code has computed.
         folder: Where to write the files.
     """
-    for mode, color in COLORS.items():
+    for mode, (color, band) in COLORS.items():
         style = dict.fromkeys(
             ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), color
         )
@@ -31,6 +31,8 @@ def draw(scope: dict[str, Any], folder: Path) -> None:
             ax = Figure(figsize=(6, 3.2), layout="constrained").add_subplot()
             ax.spines[["top", "right"]].set_visible(False)
             plots.regression_band(scope["grid"], scope["predictive"], ax=ax)
+            for artist in (*ax.collections, *ax.lines):
+                artist.set_color(band)
             ax.plot(scope["x"], scope["y"], ".", color=color, markersize=3, label="data")
             ax.set(ylim=(-4, 4))
             ax.legend(frameon=False, loc="upper right", markerscale=2)
