@@ -170,7 +170,7 @@ class Predictive:
 
     @cached_property
     def mutual_information(self) -> Tensor:
-        """What of the entropy is epistemic: all but the mean over draws of their entropies."""
+        """The epistemic part of the entropy, all but the mean over draws of their entropies."""
         entropies: Tensor = self._classes("mutual_information").entropy()
         return (self.entropy - entropies.mean(0)).clamp_min(0)
 

@@ -37,7 +37,7 @@ def to_arviz(
     Warning:
         Leave-one-out cross-validation (`arviz.loo`) weighs draws as if they came from the exact
         posterior. These come from :math:`q(\theta)`: judge it by its Pareto :math:`k`, and trust
-        examples that were held out more (:func:`~pyro_bayes.evaluation.evaluate`). The draws are
+        examples that were held out more (:func:`~pyro_bayes.evaluate`). The draws are
         independent, so effective sample sizes are about their number, and say nothing about how
         close :math:`q` is.
 
@@ -45,14 +45,14 @@ def to_arviz(
         bnn: The model.
         num_samples: The number :math:`S` of draws.
         likelihood: The likelihood that it was trained with.
-        loader: Batches of pairs :math:`(x, y)`, as in :func:`~pyro_bayes.evaluation.evaluate`.
+        loader: Batches of pairs :math:`(x, y)`, as in :func:`~pyro_bayes.evaluate`.
         include_params: Patterns of parameters to export, as in :class:`~pyro_bayes.BayesianModel`;
             by default, all that are Bayesian.
         chunk_size: How many draws to evaluate at once.
         generator: Where the seed comes from, torch's global generator by default.
 
     Returns:
-        The data structure of the ArviZ that is installed: an :class:`xarray.DataTree` from
+        The data structure of the ArviZ that is installed, an :class:`xarray.DataTree` from
         version 1 on, an :class:`arviz.InferenceData` before.
 
     Raises:

@@ -25,7 +25,7 @@ def brier_score(probs: Tensor, labels: Tensor) -> Tensor:
 
     References:
         | Verification of Forecasts Expressed in Terms of Probability (Brier, 1950)
-        | https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+        | https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2
 
     Example:
         >>> brier_score(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0]))
@@ -143,7 +143,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
         outside: The scores of other examples, which should be higher, of shape :math:`(M)`.
 
     Returns:
-        The area, a 0-dim tensor between 0 and 1: 0.5 if the score knows nothing, and nan if there
+        The area, a 0-dim tensor between 0 and 1; 0.5 if the score knows nothing, and nan if there
         is none.
 
     Raises:

@@ -83,13 +83,13 @@ class Likelihood(nn.Module, ABC):
             y: The target, of shape :math:`(B, *)`.
 
         Returns:
-            The log-densities or log-probabilities in nats, of shape :math:`(B)`: sums over each
+            The log-densities or log-probabilities in nats, of shape :math:`(B)`, sums over each
             example's own dimensions, in single precision or more.
 
         Raises:
             TypeError: If an argument is not of tensors.
             ValueError: If a shape, a dtype or a value is not what it has to be, as in
-                :meth:`check`.
+                :meth:`Likelihood.check`.
         """
         distribution, y = self._fit(output, y)
         log_prob: Tensor = distribution.log_prob(y)
