@@ -154,6 +154,14 @@ def test_gaussian_crps_of_a_mixture_in_each_view():
             close(found[view, i], sum(parts), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_gaussian_crps_of_scales_whose_squares_are_no_numbers(unit):
+    mean, scale = (part.float() for part in mixture())
+    y, views = torch.randn(4), views_of(6)
+    found = gaussian_crps(unit * mean, unit * scale, unit * y, views)
+    torch.testing.assert_close(found / unit, gaussian_crps(mean, scale, y, views))
+
+
 def test_sample_crps_in_each_view():
     samples, y = torch.randn(6, 4, dtype=torch.double), torch.randn(4, dtype=torch.double)
     views = views_of(6)
