@@ -174,7 +174,7 @@ class ELBO(nn.Module):
                 )
             nlls.append(-log_probs.mean())
         if self.training:
-            _check_batch(len(y), self.num_data)
+            check_batch(len(y), self.num_data)
         nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
         return Terms(nll, self.model.kl_divergence() / self.num_data)
 
@@ -258,7 +258,7 @@ def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Call
                 size = total = distribution.batch_shape[-1]
             else:
                 size, total = y.shape[0] if isinstance(y, Tensor) and y.dim() else 1, num_data
-                _check_batch(size, num_data)
+                check_batch(size, num_data)
             with pyro.plate("data", total, subsample=torch.arange(size)):
                 return likelihood.sample("y", output, y, batch_dims=batch_dims)
 
@@ -311,7 +311,8 @@ def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
         )
 
 
-def _check_batch(size: int, num_data: int) -> None:
+def check_batch(size: int, num_data: int) -> None:
+    """Raises a `ValueError` if a batch has more examples than there are."""
     if size > num_data:
         raise ValueError(
             "Expected num_data to be the number of examples in the whole training set; got"

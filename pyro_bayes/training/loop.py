@@ -46,7 +46,10 @@ def fit(
               + \frac{w}{N} D_{KL}(q(\theta) \,\|\, p(\theta)), \qquad \theta \sim q(\theta)
 
     and the schedules of the learning rate and of :math:`w` go one step on. What cannot train is
-    refused before the first step. A step whose loss or gradient is not finite is not taken.
+    refused before the first step: that goes for all data that are in memory, in a list of batches
+    or a `TensorDataset`, and for the first batches of others. What is wrong with later ones is
+    found when they come, and the steps before stay. A step whose loss or gradient is not finite is
+    not taken.
 
     **Checkpoints.** With `checkpoint`, all that training depends on is written at ends of epochs:
     parameters, buffers, the optimiser, both schedules, the history, and the states of the random
