@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes import fused
+from pyro_bayes.checks import is_count
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.objective import ELBO
 from pyro_bayes.swap import undisturbed
@@ -119,7 +120,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
         >>> print(diagnosis)  # doctest: +ELLIPSIS
         parameter ...
     """
-    if isinstance(num_gradients, bool) or not isinstance(num_gradients, int) or num_gradients < 2:
+    if not is_count(num_gradients, least=2):
         raise ValueError(
             f"Expected num_gradients to be an integer of at least 2; got {num_gradients!r}."
         )
@@ -128,8 +129,8 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     moments = {name: _Moments(p) for name, p in trained.items()}
     with undisturbed(objective), torch.enable_grad():
-        endless = (batch for _ in range(num_gradients) for batch in batches)
-        for batch in islice(endless, num_gradients):
+        endless = (batch for _ in range(int(num_gradients)) for batch in batches)
+        for batch in islice(endless, int(num_gradients)):
             loss = objective(*batch)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             for moment, parameter, gradient in zip(

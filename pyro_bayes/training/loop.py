@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_bayes.checks import is_count
 from pyro_bayes.objective import ELBO
 from pyro_bayes.training import processes
 from pyro_bayes.training.batches import Batches
@@ -198,13 +198,14 @@ def _check(objective: Any, optimizer: Any, scheduler: Any) -> None:
 def _check_options(
     epochs: Any, validation: Any, patience: Any, callbacks: Any, every: Any, precision: Any
 ) -> None:
-    def whole(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
     for passed, expected, got in (
-        (whole(epochs), "epochs to be an integer of at least 1", epochs),
-        (patience is None or whole(patience), "patience to be an integer of at least 1", patience),
-        (whole(every), "checkpoint_every to be an integer of at least 1", every),
+        (is_count(epochs), "epochs to be an integer of at least 1", epochs),
+        (
+            patience is None or is_count(patience),
+            "patience to be an integer of at least 1",
+            patience,
+        ),
+        (is_count(every), "checkpoint_every to be an integer of at least 1", every),
         (
             patience is None or validation is not None,
             "validation, whose loss patience watches",
