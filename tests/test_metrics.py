@@ -217,6 +217,11 @@ def test_bootstrap_views_are_of_the_elements_that_they_draw():
         close(pairs[view], kernel(a, c, drawn[None], drawn.exp()[None]).mean((0, 1)))
 
 
+def test_bootstrap_error_is_that_of_the_replicates():
+    views = torch.tensor([[5.0, 0.0], [1.0, 0.0], [3.0, 4.0]], dtype=torch.double)
+    close(Bootstrap.error(views), [2**0.5, 8**0.5])
+
+
 @pytest.mark.parametrize("statistic", [torch.mean, torch.median])
 def test_bootstrap_error(statistic):
     truth = {torch.mean: 1.0, torch.median: math.sqrt(math.pi / 2)}[statistic] / math.sqrt(400)
