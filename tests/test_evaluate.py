@@ -292,6 +292,21 @@ def test_ends_of_intervals_move_as_other_draws_would_have_them(likelihood, scale
         assert (width[1:] - width[0]).square().mean() / move > 0.8
 
 
+def test_ends_of_an_interval_of_one_count_move():
+    views = Bootstrap(20, replicates=6, seed=3)
+    output = torch.linspace(-0.5, 2.0, 300).double() + torch.randn(20, 300, dtype=torch.double)
+
+    def predict(chosen):
+        return Predictive(Poisson().distribution(chosen, batch_dims=2))
+
+    y = predict(output).quantile(0.5)
+    found = score(predict(output), y, views, (0.02,), seeded())["in@0.02"]
+    ends = [predict(output[views.indices(v)]).interval(0.02) for v in range(views.views)]
+    inside = torch.stack([(low <= y) & (y <= high) for low, high in ends])
+    assert (inside[1:] != inside[0]).double().mean() > 0.1
+    assert (found[1:] == inside[1:]).double().mean() > 0.9
+
+
 # The pass
 
 

@@ -233,6 +233,35 @@ def test_bootstrap_error(statistic):
     assert torch.stack(errors).mean() == pytest.approx(truth, rel=0.1)
 
 
+SHARE = torch.tensor([0.9, 0.8])
+BAD = {
+    "lengths": (lambda f: f(SHARE, torch.ones(3)), r"one shape.* got \(2,\) and \(3,\)"),
+    "columns": (lambda f: f(SHARE[None], torch.ones(1, 2)), r"\(1, 2\) and \(1, 2\)"),
+    "nothing": (lambda f: f(SHARE[:0], torch.ones(0)), r"got \(0,\)"),
+    "bins": (lambda f: f(SHARE, torch.ones(2), bins=0), "bins to be an integer .* got 0"),
+}
+
+
+@pytest.mark.parametrize("error", [metrics.calibration_error, metrics.adaptive_calibration_error])
+@pytest.mark.parametrize("name", BAD)
+def test_calibration_of_bad_input(name, error):
+    call, match = BAD[name]
+    with pytest.raises(ValueError, match=match):
+        call(error)
+
+
+@pytest.mark.parametrize("error", [metrics.calibration_error, metrics.adaptive_calibration_error])
+def test_calibration_in_half_precision(error):
+    confidence = SHARE.repeat(2000).bfloat16()
+    exact = 1 - confidence.double().mean()
+    assert error(confidence, torch.ones(4000)).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_auroc_of_nothing():
+    with pytest.raises(ValueError, match="got 2 and 0"):
+        metrics.auroc(SHARE, SHARE[:0])
+
+
 @pytest.mark.parametrize("call", ["calibration_error", "auroc"])
 def test_missing_torchmetrics_names_the_extra(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)

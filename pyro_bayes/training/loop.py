@@ -84,7 +84,7 @@ def fit(
         patience: After how many epochs in a row without a lower validation loss to stop. If given,
             the objective has the state of the best epoch in the end.
         callbacks: Functions of a :class:`State`, called after each epoch. What returns `True` stops
-            the training.
+            the training, for good: the checkpoint knows, and does not continue.
         checkpoint: The file to write checkpoints to.
         checkpoint_every: After how many epochs to write one, beside the last.
         resume: Whether to continue from the checkpoint if there is one. Otherwise, a file that
