@@ -236,7 +236,7 @@ BAD = {
     "pit": (lambda: plots.pit_histogram(torch.tensor([0.5, 1.5])), ValueError, "from 0.5 to 1.5"),
     "confidence": (lambda: plots.reliability(2 * CONFIDENCE, CORRECT), ValueError,
                    "confidence to be between 0 and 1; got values from 0.1 to 2"),
-    "no bins": (lambda: plots.reliability(CONFIDENCE, CORRECT, bins=0), ValueError, "bins .* got 0"),
+    "no bins": (lambda: plots.reliability(CONFIDENCE, CORRECT, bins=0), ValueError, "bins .* 0"),
     "half a bin": (lambda: plots.pit_histogram(CONFIDENCE, bins=0.5), ValueError, "bins .*got 0.5"),
     "level": (lambda: band(BayesianModel(nn.Linear(1, 1)), level=90), ValueError, "level .* 90"),
     "outputs": (lambda: plots.regression_band(
