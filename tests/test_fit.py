@@ -19,7 +19,7 @@ from torch.utils.data import (
 from pyro_bayes import ELBO, BayesianModel, likelihoods
 from pyro_bayes.schedule import LinearWarmup
 from pyro_bayes.training import History, fit
-from pyro_bayes.training.batches import check_finite
+from pyro_bayes.training.batches import Batches, check_finite
 from pyro_bayes.training.run import Run
 
 STILL = pytest.mark.filterwarnings("ignore:After .* epochs")
@@ -331,6 +331,18 @@ def test_samplers_know_the_epoch():
     loader = DataLoader(data, batch_size=8, sampler=Sampler(data))
     fit(objective, loader, 3, optimizer=adam(objective))
     assert Sampler.epochs == [0, 1, 2]
+
+
+def test_shares_of_the_data_are_smaller(monkeypatch):
+    _, loader = make(count=24)
+    half = DataLoader(loader.dataset, sampler=SubsetRandomSampler(range(12)))
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="got 24, and a dataset of 12"):
+        Batches(half, name="loader", num_data=24, device=cpu)
+    monkeypatch.setattr("pyro_bayes.training.processes.count", lambda: 2)
+    Batches(half, name="loader", num_data=24, device=cpu)
+    with pytest.warns(UserWarning, match="got 20, and a dataset of 24"):
+        Batches(loader, name="loader", num_data=20, device=cpu)
 
 
 def test_posterior_at_its_initial_value_is_said():

@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from pyro_bayes.objective import check_batch
 from pyro_bayes.target import check_labels
-from pyro_bayes.training import finite
+from pyro_bayes.training import finite, processes
 
 
 class Batch(NamedTuple):
@@ -83,7 +83,8 @@ class Batches:
         size = None
         if rows is not None and _is_sized(dataset):
             size = len(dataset) if isinstance(rows, slice) else len(rows)
-        if num_data is not None and size not in (None, num_data):
+        share = processes.count() > 1 and size is not None and size < (num_data or 0)
+        if num_data is not None and size not in (None, num_data) and not share:
             warnings.warn(
                 f"Expected num_data to be the number of examples of the training set; got"
                 f" {num_data}, and a dataset of {size}. The divergence is weighed as if"

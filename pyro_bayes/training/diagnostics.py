@@ -20,6 +20,7 @@ from pyro_bayes.swap import undisturbed
 from pyro_bayes.training.batches import Batches
 
 _NEAR = 0.02  # of log σ²: a change of σ by 1 %
+_QUICK = -5.0  # the log σ² to start from where the default of -9 takes too long
 
 
 @dataclass(frozen=True)
@@ -208,11 +209,12 @@ def _unmoved(model: BayesianModel, name: str) -> float:
 def _still(share: float, model: BayesianModel) -> str | None:
     if share <= 0.5:
         return None
+    low = model._init_logvar < _QUICK
+    nearer = f", or start nearer, as BayesianModel(net, init_logvar={_QUICK})" if low else ""
     return (
         f"{share:.0%} of the posterior's deviations are within 1 % of their initial value,"
         f" init_logvar={model._init_logvar:g}, so that the uncertainty is not learned. Train for"
-        " longer or with a higher learning rate, or start nearer, as"
-        " BayesianModel(net, init_logvar=-5.0)."
+        f" longer or with a higher learning rate{nearer}."
     )
 
 
