@@ -219,6 +219,16 @@ def test_training_curves():
 # What they refuse
 
 
+def test_histograms_of_millions_of_parameters(monkeypatch):
+    """`torch.quantile` refuses more than 16 million numbers."""
+    monkeypatch.setattr(torch.Tensor, "quantile", None)
+    bnn = BayesianModel(nn.Linear(30, 200))
+    with torch.no_grad():
+        bnn.logvars.weight[0, :4] = torch.tensor([-40.0, -40.0, -40.0, 0.0])
+    low, high = plots.scale_histogram(bnn).get_xlim()
+    assert 1e-4 < low < 0.01 < 1 < high < 2  # but for one in a thousand
+
+
 def test_rounding_of_probabilities_is_forgiven():
     """Means of probabilities in single precision may be above 1."""
     confidence = torch.tensor([0.5, 1.0000002])
