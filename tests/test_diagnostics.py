@@ -64,6 +64,9 @@ def test_signal_counts_the_noise_of_batches():
     batches = [(one, 3 * one), (one, one)]  # gradients -3 and -1
     row = diagnose(objective, batches, 400).rows[0]
     assert row.signal_mean == pytest.approx(2.0, rel=0.01)
+    # Of two gradients, the variance is 2, and that of their mean 1.
+    row = diagnose(objective, batches, 2).rows[0]
+    assert row.signal_mean == pytest.approx(((4 - 1) / 2) ** 0.5, rel=0.02)
 
 
 def parts():
