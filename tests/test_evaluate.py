@@ -479,6 +479,13 @@ def test_predictions_that_are_no_numbers(gaussian):
         evaluate(bnn, Gaussian(0.3), loader(x, y), 5)
 
 
+def test_information_of_equal_draws_is_never_below_zero():
+    bnn = BayesianModel(nn.Linear(3, 10), init_logvar=-80.0)
+    x, y = torch.randn(300, 3), torch.zeros(300).long()
+    found = evaluate(bnn, Categorical(), [(x, y)], 8)
+    assert (found.examples["epistemic"] >= 0).all()
+
+
 def test_targets_without_a_mean_or_a_variance(gaussian):
     bnn, _, x, y = gaussian
     wide = evaluate(bnn, StudentT(0.3, df=2), [(x, y)], 8, ood=[x])
