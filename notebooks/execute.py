@@ -92,6 +92,8 @@ def execute(path: Path, *, smoke: bool = False) -> NotebookNode:
         work.mkdir()
         env = {k: v for k, v in os.environ.items() if k not in (SMOKE, "MPLBACKEND")}
         env["IPYTHONDIR"] = str(Path(scratch, "ipython"))
+        # The package of this checkout, whatever is installed.
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
         client = NotebookClient(
             notebook,
             kernel_manager_class=SamePython,
@@ -154,14 +156,14 @@ def problems(notebook: NotebookNode) -> Iterator[str]:
                 yield f"cell {number} shows a local path or an address: {text}"
 
 
-def picture(notebook: NotebookNode) -> Image.Image:
+def picture(path: Path) -> Image.Image:
     """Returns the figure of a notebook that the index shows, in small.
 
     Raises:
         ValueError: If there is none.
     """
     shown: list[str] = []
-    for cell in notebook.cells:
+    for cell in nbformat.read(path, as_version=4).cells:
         images = [
             output.data["image/png"]
             for output in cell.get("outputs", ())
@@ -172,7 +174,7 @@ def picture(notebook: NotebookNode) -> Image.Image:
             if SHOWN in cell.source:
                 break
     if not shown:
-        raise ValueError("Expected a notebook with a figure; got one without.")
+        raise ValueError(f"Expected {path.name} to have a figure; got none: execute it.")
     image = Image.open(io.BytesIO(base64.b64decode(shown[0]))).convert("RGB")
     height = round(image.height * PICTURE_WIDTH / image.width)
     small = image.resize((PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
@@ -184,16 +186,18 @@ def picture_path(path: Path) -> Path:
     return path.parent / "pictures" / f"{path.stem}.png"
 
 
-def abstract(notebook: NotebookNode) -> tuple[str, str]:
+def abstract(path: Path) -> tuple[str, str]:
     """Returns the heading and the paragraph that a notebook starts with.
 
     Raises:
         ValueError: If it starts with something else.
     """
-    text = notebook.cells[0].source if notebook.cells[0].cell_type == "markdown" else ""
-    found = re.match(r"# (.+)\n\n([^#\n].*(?:\n.+)*)", text)
+    first = nbformat.read(path, as_version=4).cells[0]
+    found = re.match(r"# (.+)\n\n([^#\n].*(?:\n.+)*)", first.source)
     if found is None:
-        raise ValueError(f"Expected a notebook to start with a heading, a paragraph; got {text!r}.")
+        raise ValueError(
+            f"Expected {path.name} to start with a heading and a paragraph; got {first.source!r}."
+        )
     return found[1], found[2].replace("\n", " ")
 
 
@@ -201,7 +205,7 @@ def index() -> str:
     """Returns the index of the notebooks that there are, in Markdown."""
     rows = ["| | |", "|---|---|"]
     for path in paths():
-        title, text = abstract(nbformat.read(path, as_version=4))
+        title, text = abstract(path)
         link, image = (p.relative_to(ROOT).as_posix() for p in (path, picture_path(path)))
         shown = f'<a href="{link}"><img src="{image}" width="300" alt="{title}"></a>'
         rows.append(f"| {shown} | **[{title}]({link})**<br>{text} |")
@@ -227,7 +231,7 @@ def write_index() -> None:
     for path in paths():
         target = picture_path(path)
         target.parent.mkdir(exist_ok=True)
-        picture(nbformat.read(path, as_version=4)).save(target, optimize=True)
+        picture(path).save(target, optimize=True)
     README.write_text(f"{before}\n{index()}\n{after}", encoding="utf-8")
 
 

@@ -59,9 +59,7 @@ def test_stored_file_is_tidy(path):
 def test_picture_is_a_figure_of_the_notebook(path):
     file = execute.picture_path(path)
     assert file.stat().st_size < 60_000
-    shown, expected = (
-        image.convert("RGB") for image in (Image.open(file), execute.picture(read(path)))
-    )
+    shown, expected = (image.convert("RGB") for image in (Image.open(file), execute.picture(path)))
     assert shown.size == expected.size
     difference = ImageStat.Stat(ImageChops.difference(shown, expected))
     assert max(difference.mean) < 1  # of 255, by other versions of the library that scales
@@ -75,7 +73,10 @@ def test_every_picture_has_a_notebook():
 def test_index_has_every_notebook():
     _, stored, _ = execute.surroundings()
     assert stored == execute.index()
-    assert all(len(execute.abstract(read(path))[1]) < 320 for path in NOTEBOOKS)
+    for path in execute.FOLDER.glob("*.ipynb"):
+        assert f"](notebooks/{path.name})" in stored
+        assert f'src="notebooks/pictures/{path.stem}.png"' in stored
+    assert all(len(execute.abstract(path)[1]) < 320 for path in NOTEBOOKS)
 
 
 def test_outputs_are_tidied():
