@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 
 for module in ("PIL", "ipykernel", "matplotlib", "nbclient", "nbformat", "rich", "sklearn"):
@@ -77,6 +80,71 @@ def test_index_has_every_notebook():
         assert f"](notebooks/{path.name})" in stored
         assert f'src="notebooks/pictures/{path.stem}.png"' in stored
     assert all(len(execute.abstract(path)[1]) < 320 for path in NOTEBOOKS)
+
+
+def write(path, *cells):
+    path.write_text(execute.write(execute.tidy(nbformat.v4.new_notebook(cells=cells))))
+    return path
+
+
+def drawing(source, *colours):
+    cell = nbformat.v4.new_code_cell(source)
+    for colour in colours:
+        file = io.BytesIO()
+        Image.new("RGB", (20, 10), colour).save(file, "png")
+        data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+        cell.outputs.append(nbformat.v4.new_output("display_data", data=data))
+    return cell
+
+
+@pytest.mark.parametrize(("mark", "shown"), [(True, (0, 255, 0)), (False, (0, 0, 255))])
+def test_picture_is_the_marked_figure_or_the_last(tmp_path, mark, shown):
+    marked = drawing("# Shown in the index.\nf()" if mark else "f()", "lime")
+    path = write(tmp_path / "a.ipynb", drawing("f()", "red"), marked, drawing("f()", "red", "blue"))
+    picture = execute.picture(path).convert("RGB")
+    assert picture.size == (execute.PICTURE_WIDTH, execute.PICTURE_WIDTH // 2)
+    assert picture.getpixel((0, 0)) == shown
+
+
+def test_abstract_is_the_heading_and_the_first_paragraph(tmp_path):
+    text = "# A title\n\nOne line\nand another.\n\nThe rest."
+    path = write(tmp_path / "a.ipynb", nbformat.v4.new_markdown_cell(text))
+    assert execute.abstract(path) == ("A title", "One line and another.")
+
+
+@pytest.mark.parametrize("text", ["No heading", "# A title", "# A title\n\n## Another"])
+def test_what_the_index_lacks_is_an_error(tmp_path, text):
+    path = write(tmp_path / "a.ipynb", nbformat.v4.new_markdown_cell(text))
+    with pytest.raises(ValueError, match=r"Expected a\.ipynb to start with"):
+        execute.abstract(path)
+    with pytest.raises(ValueError, match=r"Expected a\.ipynb to have a figure"):
+        execute.picture(path)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_full_is_full_whatever_the_environment(tmp_path, monkeypatch, smoke):
+    monkeypatch.setenv("PYRO_BAYES_SMOKE", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    code = """
+    import os
+    print("PYRO_BAYES_SMOKE" in os.environ, os.environ.get("MPLBACKEND") == "agg")
+    """
+    path = write(tmp_path / "a.ipynb", nbformat.v4.new_code_cell(code))
+    (cell,) = execute.execute(path, smoke=smoke).cells
+    assert cell.outputs[0].text == f"{smoke} False\n"
+
+
+def test_files_left_behind_are_an_error(tmp_path):
+    path = write(tmp_path / "a.ipynb", nbformat.v4.new_code_cell('open("left.txt", "w").close()'))
+    with pytest.raises(ValueError, match=r"no files behind; got \['left.txt'\]"):
+        execute.execute(path, smoke=True)
+
+
+def test_a_notebook_without_a_place_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "other.ipynb")
+    monkeypatch.setattr(execute, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"place in ORDER; got \['other'\]"):
+        execute.paths()
 
 
 def test_outputs_are_tidied():
