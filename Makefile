@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench gradient-variance uci test-lowest clean
+.PHONY: demo test lint docs notebooks bench gradient-variance uci test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -16,6 +16,10 @@ lint: $(READY)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs-ready  ## Build the documentation, in docs/_build/html, and check it
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
+	$(BIN)/python docs/check.py docs/_build/html
+
 bench: .venv-bench/ready  ## Time us and others; writes benchmarks/README.md
 	.venv-bench/bin/python benchmarks/speed.py
 
@@ -26,11 +30,14 @@ uci: $(READY)  ## Score on the UCI datasets: make uci DATA=folder PUBLISHED=file
 	$(BIN)/python -m benchmarks.uci $(if $(DATA),--data '$(DATA)') \
 		$(if $(PUBLISHED),--published '$(PUBLISHED)')
 
+notebooks: $(READY)  ## Execute the notebooks, and make their index in the README
+	$(BIN)/python notebooks/execute.py $(NAMES)
+
 test-lowest:  ## Run the tests with the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 clean:
-	rm -rf .venv .venv-bench .venv-lowest
+	rm -rf .venv .venv-bench .venv-lowest docs/_build
 
 CONSTRAINTS ?= constraints.txt
 
@@ -38,6 +45,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+$(VENV)/docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@
 
 .venv-bench/ready: pyproject.toml $(CONSTRAINTS) benchmarks/peers.txt

@@ -37,7 +37,7 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
             Several passes over the data average over more draws.
 
     Raises:
-        ValueError: If there is no batch, or one has more than two parts.
+        ValueError: If there is no batch, one has more than two parts, or statistics are not finite.
         TypeError: If a batch is not of tensors.
 
     See Also:
@@ -72,6 +72,11 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
             count += 1
         if not count:
             raise ValueError("Expected loader to have at least one batch; got none.")
+        if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
+            raise ValueError(
+                "Expected statistics that are finite; got nan or inf. Are the inputs and the"
+                " posterior finite?"
+            )
     except BaseException:
         for _, buffers in before:
             for buffer, value in buffers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ def check_base(base: Any) -> None:
 def is_number(value: Any) -> bool:
     """Returns whether an argument is a real number."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any, *, least: int = 1) -> bool:
+    """Returns whether an argument is an integer, and large enough."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_prior_var(prior_var: Any) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from pyro_bayes import fused
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.noise import ContextNoise, Estimator
+from pyro_bayes.slopes import Kind
 
-_KINDS: dict[Estimator, fused.Kind] = {
+_KINDS: dict[Estimator, Kind] = {
     "weights": "draws",
     "flipout": "deviations",
     "local": "variances",

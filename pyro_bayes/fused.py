@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
 from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
+from pyro_bayes.slopes import Kind, slopes
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
-Kind = Literal["draws", "deviations", "variances"]
 _Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
+_Moments = list[tuple[int, float, float, float, float]]
+"""Of each block: its size, the sums of μ², σ² and log σ², and the largest log σ²."""
 
 
 def draws(posterior: Posterior) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def outputs_and_anchor(
         if all can.
     """
     found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
-    anchors: list[tuple[_Group, Sequence[Tensor]]] = []
+    anchors: list[tuple[_Group, Sequence[Tensor], _Moments]] = []
     count = 0
     for group in _groups(posterior):
         names, means, logvars = group
@@ -69,9 +71,10 @@ def outputs_and_anchor(
         noise: list[Tensor] | None = None if epsilons is None else []
         outputs: Sequence[Tensor] = ()
         if not _by_formula(means):
-            *outputs, by, less = _Outputs.apply(kind, noise, *means, *logvars)
+            moments: _Moments = []
+            *outputs, by, less = _Outputs.apply(kind, noise, moments, *means, *logvars)
             if by.requires_grad:
-                anchors.append((group, (by, less)))
+                anchors.append((group, (by, less), moments))
         elif kind != "variances":
             noise = _noise(means)
             centers = means if kind == "draws" else map(torch.zeros_like, means)
@@ -79,7 +82,7 @@ def outputs_and_anchor(
         found.update(zip(names, outputs, strict=False))
         if epsilons is not None and noise is not None:
             epsilons.update(zip(names, noise, strict=True))
-    whole = sum(len(names) for (names, _, _), _ in anchors) == count
+    whole = sum(len(names) for (names, _, _), _, _ in anchors) == count
     return found, Anchor(anchors) if anchors and whole else None
 
 
@@ -87,12 +90,13 @@ class Anchor:
     """Where the gradient of a posterior's divergence can go: to the nodes of draws from it.
 
     Arguments:
-        groups: The parameters of each node, with the two outputs that take the gradient.
+        groups: The parameters of each node, with the two outputs that take the gradient, and what
+            the divergence can be computed from, if anything.
     """
 
-    def __init__(self, groups: Sequence[tuple[_Group, Sequence[Tensor]]]) -> None:
+    def __init__(self, groups: Sequence[tuple[_Group, Sequence[Tensor], _Moments]]) -> None:
         self.groups = groups
-        self._parameters = [p for (_, m, v), _ in groups for p in (*m, *v)]
+        self._parameters = [p for (_, m, v), _, _ in groups for p in (*m, *v)]
         self._state = self._look()
 
     def is_of(self, posterior: Posterior) -> bool:
@@ -103,6 +107,24 @@ class Anchor:
     def _look(self) -> list[Any]:
         kinds = [(p.dtype, p.requires_grad) for p in self._parameters]
         return [*_versions(self._parameters), *kinds]
+
+
+class Latest:
+    """The anchor of the latest draws of a model, which copies and pickles do without."""
+
+    _anchor: Anchor | None = None
+
+    def put(self, anchor: Anchor | None, originals: Mapping[str, Tensor]) -> None:
+        """Keeps an anchor, while the base's own parameters stay what they are."""
+        self._anchor, self._versions = anchor, _versions([*originals.values()])
+
+    def take(self, originals: Mapping[str, Tensor]) -> Anchor | None:
+        """Returns the anchor once, unless the base, whose storage the means share, has changed."""
+        anchor, self._anchor = self._anchor, None
+        return anchor if anchor and self._versions == _versions([*originals.values()]) else None
+
+    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
+        return Latest, ()
 
 
 def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
@@ -122,8 +144,8 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
     """
     terms = []
     if anchor and not transformed() and anchor.is_of(posterior):
-        for (_, means, logvars), outputs in anchor.groups:
-            terms.append(_Anchored.apply(prior_var, (*means, *logvars), *outputs))
+        for (_, means, logvars), outputs, moments in anchor.groups:
+            terms.append(_Anchored.apply(prior_var, (*means, *logvars), moments, *outputs))
     else:
         for _, means, logvars in _groups(posterior):
             if _by_formula(means):
@@ -185,19 +207,22 @@ class _Outputs(torch.autograd.Function):
     """Draws of several parameters or the like, and the two numbers that are an anchor.
 
     Its inputs are all μ and then all log σ². The gradient of the anchor says what a divergence adds
-    to theirs, see :func:`_slopes`.
+    to theirs, see :func:`~pyro_bayes.slopes.slopes`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, noise: list[Tensor] | None, *parameters: Tensor
+        ctx: Any, kind: Kind, noise: list[Tensor] | None, moments: _Moments, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
         outputs: list[Tensor] = []
         spreads = []
         slices = parts(means)
-        apart = kind == "draws" and any(ctx.needs_input_grad)
+        trains = any(ctx.needs_input_grad)
+        apart = kind == "draws" and trains
+        # Other devices would have to be waited for.
+        counts = trains and noise is None and means[0].device.type == "cpu"
         memory = room(means, slices, 2 if apart else 1)
         for part in slices:
             mean, logvar = gather(means[part]), gather(logvars[part])
@@ -206,16 +231,22 @@ class _Outputs(torch.autograd.Function):
             epsilon = spread if noise is None else torch.empty_like(mean)
             for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
                 if kind == "variances":
-                    torch.exp(v, out=s)
-                    continue
-                e.normal_()
-                torch.mul(e, torch.mul(v, 0.5).exp_(), out=s)
-                if kind == "draws":
-                    torch.add(m, s, out=o)
+                    variance = torch.exp(v, out=s).sum() if counts else None
+                else:
+                    e.normal_()
+                    scale = torch.mul(v, 0.5).exp_()
+                    torch.mul(e, scale, out=s)
+                    if kind == "draws":
+                        torch.add(m, s, out=o)
+                    variance = torch.dot(scale, scale) if counts else None
+                if variance is not None:  # while the block is at hand
+                    squares, largest = float(torch.dot(m, m)), float(v.amax())
+                    moments.append((len(v), squares, float(variance), float(v.sum()), largest))
             outputs += scatter(output, means[part])
             spreads.append(spread)
             if noise is not None:
                 noise += scatter(epsilon, means[part])
+        ctx.flat = (mean, logvar) if count > 1 and len(slices) == 1 else None
         ctx.kind = kind
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
@@ -240,12 +271,12 @@ class _Outputs(torch.autograd.Function):
         if not spreads and by is None:
             return (None,) * len(ctx.needs_input_grad)
         factors = [None if by is None else (by, less)] * len(slices)
-        slopes = _slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads)
+        found = slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads, ctx.flat)
         # What no output depends on that was used gets none, as if each had a node of its own.
         unused = [by is None and grad is None for grad in of_outputs]
         alone = [by is None and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
-        found = (None if u else s for u, s in zip(alone + unused, slopes, strict=True))
-        return None, None, *found
+        kept = (None if u else s for u, s in zip(alone + unused, found, strict=True))
+        return None, None, None, *kept
 
 
 class _Divergences(torch.autograd.Function):
@@ -265,7 +296,7 @@ class _Divergences(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
         factors = zip((grad / ctx.prior_var).unbind(), (-0.5 * grad).unbind(), strict=True)
-        return None, None, *_slopes(ctx.saved_tensors, ctx.slices, list(factors))
+        return None, None, *slopes(ctx.saved_tensors, ctx.slices, list(factors))
 
 
 class _Anchored(torch.autograd.Function):
@@ -273,16 +304,30 @@ class _Anchored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prior_var: float, parameters: Sequence[Tensor], *anchor: Tensor
+        ctx: Any, prior_var: float, parameters: Any, moments: _Moments, *anchor: Tensor
     ) -> Tensor:
         ctx.prior_var = prior_var
-        slices = parts(parameters[: len(parameters) // 2])
-        total = sum(_divergences(parameters, prior_var, slices))
-        return parameters[0].new_full((), total) if isinstance(total, float) else total
+        mean: Tensor = parameters[0]
+        total: Any = _divergence_by_moments(moments, prior_var)
+        if total is None:
+            slices = parts(parameters[: len(parameters) // 2])
+            total = sum(_divergences(parameters, prior_var, slices))
+        divergence: Tensor = mean.new_full((), total) if isinstance(total, float) else total
+        return divergence
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        return None, None, grad / ctx.prior_var, -0.5 * grad
+        return None, None, None, grad / ctx.prior_var, -0.5 * grad
+
+
+def _divergence_by_moments(moments: _Moments, prior_var: float) -> float | None:
+    """The divergence, if moments give it to as many digits as the elements do."""
+    shift, total = math.log(prior_var), 0.0
+    for size, squares, variances, logvars, largest in moments:
+        if not largest - shift < -0.5:  # the terms of elements close to the prior would cancel
+            return None
+        total += (squares + variances) / prior_var - size - (logvars - size * shift)
+    return 0.5 * total if moments else None
 
 
 def _divergences(
@@ -307,86 +352,6 @@ def _divergences(
             total = total + number(torch.dot(m, m)) / prior_var
         totals.append(total * 0.5)
     return totals
-
-
-def _slopes(
-    parameters: Sequence[Tensor],
-    slices: Sequence[slice],
-    factors: Sequence[tuple[Tensor, Tensor] | None],
-    kind: Kind = "draws",
-    of_outputs: Sequence[Tensor | None] = (),
-    spreads: Sequence[Tensor] = (),
-) -> list[Tensor | None]:
-    r"""The gradients of all μ and then all log σ², from those of divergences and of outputs.
-
-    That of :math:`\frac{a}{2} (\mu^2 + \sigma^2) + b \log \sigma^2`, with a divergence's factors a
-    and b, one pair for each part, and that of outputs of which each spread is the deviation from
-    the mean, or the variance.
-    """
-    count = len(parameters) // 2
-    means, logvars = parameters[:count], parameters[count:]
-    weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
-    of_outputs = [g.to_dense() if g is not None and g.is_sparse else g for g in of_outputs]
-    if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
-        inputs = factors, kind == "draws", weight, of_outputs, spreads
-        return _slopes_by_formula(means, logvars, slices, *inputs)
-    of_means: list[Tensor | None] = []
-    of_logvars: list[Tensor | None] = []
-    memory = room(means, slices, 2)
-    for i, part in enumerate(slices):
-        mean, logvar = gather(means[part]), gather(logvars[part])
-        of_mean, of_logvar = next(memory)
-        flat = [mean, logvar, of_mean, of_logvar]
-        if spreads:
-            pairs = zip(of_outputs[part], means[part], strict=True)
-            grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
-            flat += gather(grads), spreads[i]
-        factor = factors[i]
-        for m, v, of_m, of_v, *given in blocks(*flat):
-            if factor is None:
-                torch.mul(*given, out=of_v).mul_(weight)
-                of_m.copy_(given[0])
-                continue
-            by, less = factor
-            torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
-            if given:
-                of_v.addcmul_(*given, value=weight)
-            if given and kind == "draws":
-                torch.addcmul(given[0], m, by, out=of_m)
-            else:
-                torch.mul(m, by, out=of_m)
-        of_means += scatter(of_mean, means[part])
-        of_logvars += scatter(of_logvar, means[part])
-    return of_means + of_logvars
-
-
-def _slopes_by_formula(
-    means: Sequence[Tensor],
-    logvars: Sequence[Tensor],
-    slices: Sequence[slice],
-    factors: Sequence[tuple[Tensor, Tensor] | None],
-    of_draws: bool,
-    weight: float,
-    of_outputs: Sequence[Tensor | None],
-    spreads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """What :func:`_slopes` returns, differentiable."""
-    of_means: list[Any] = [torch.zeros_like(mean) for mean in means]
-    of_logvars: list[Any] = [torch.zeros_like(logvar) for logvar in logvars]
-    for i, part in enumerate(slices):
-        factor = factors[i]
-        spread = scatter(spreads[i], means[part]) if spreads else ()
-        for k in range(*part.indices(len(means))):
-            mean, logvar = means[k], logvars[k]
-            if factor is not None:
-                of_means[k] = of_means[k] + factor[0] * mean
-                of_logvars[k] = 0.5 * factor[0] * logvar.exp() + factor[1]
-            grad = of_outputs[k] if spreads else None
-            if grad is not None:
-                varied = spread[k - part.start] * (weight * (logvar - logvar.detach())).exp()
-                of_means[k] = of_means[k] + grad if of_draws else of_means[k]
-                of_logvars[k] = of_logvars[k] + weight * grad * varied
-    return of_means + of_logvars
 
 
 def _itself(value: Any) -> Any:

@@ -117,7 +117,7 @@ class BayesianModel(LiftedModule):
         super().__init__(base, prior, guide, choices)
         variances.follow(guide.posterior)
         self._init_logvar, self._prior_variances = float(init_logvar), variances
-        self._latest = _Latest()
+        self._latest = fused.Latest()
 
     # Draws
 
@@ -234,9 +234,10 @@ class BayesianModel(LiftedModule):
             posterior = self._guide.posterior()
             values: Mapping[str, Tensor]
             if noise.estimator == "weights":
-                values, self._latest.anchor = fused.outputs_and_anchor("draws", posterior)
+                values, anchor = fused.outputs_and_anchor("draws", posterior)
             else:
-                values, self._latest.anchor = of_posterior(posterior, noise)
+                values, anchor = of_posterior(posterior, noise)
+            self._latest.put(anchor, self._swap.originals)
             with self._hold(values) as base:
                 yield base
 
@@ -346,8 +347,7 @@ class BayesianModel(LiftedModule):
         if prior_var is not None:
             shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
             variances = prior_variances(prior_var, self._choices, shapes)
-        anchor, self._latest.anchor = self._latest.anchor, None
-        return variances.kl_divergence(posterior, anchor)
+        return variances.kl_divergence(posterior, self._latest.take(self._swap.originals))
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -388,12 +388,3 @@ class BayesianModel(LiftedModule):
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_variances, uses)
-
-
-class _Latest:
-    """The anchor of the latest draws, which copies and pickles do without."""
-
-    anchor: fused.Anchor | None = None
-
-    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
-        return _Latest, ()

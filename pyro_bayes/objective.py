@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes import store
-from pyro_bayes.checks import is_number
+from pyro_bayes.checks import is_count, is_number
 from pyro_bayes.lift import Particles
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
@@ -115,7 +114,7 @@ class ELBO(nn.Module):
         super().__init__()
         _check(bnn, likelihood, num_data)
         context_noise(local_trick, batch_dim)
-        if not _is_count(num_samples):
+        if not is_count(num_samples):
             raise ValueError(
                 f"Expected num_samples to be an integer of at least 1; got {num_samples!r}."
             )
@@ -174,7 +173,7 @@ class ELBO(nn.Module):
                 )
             nlls.append(-log_probs.mean())
         if self.training:
-            _check_batch(len(y), self.num_data)
+            check_batch(len(y), self.num_data)
         nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
         return Terms(nll, self.model.kl_divergence() / self.num_data)
 
@@ -258,7 +257,7 @@ def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Call
                 size = total = distribution.batch_shape[-1]
             else:
                 size, total = y.shape[0] if isinstance(y, Tensor) and y.dim() else 1, num_data
-                _check_batch(size, num_data)
+                check_batch(size, num_data)
             with pyro.plate("data", total, subsample=torch.arange(size)):
                 return likelihood.sample("y", output, y, batch_dims=batch_dims)
 
@@ -283,10 +282,6 @@ def _arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (x if type(x) is tuple else (x,)), {}  # a named tuple is one argument
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
 def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
     if not isinstance(bnn, BayesianModel):
         raise TypeError(
@@ -304,14 +299,15 @@ def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
             "Expected likelihood to be a likelihood, which has the log-probability of each"
             f" example, and not a loss, which may be reduced or scaled; got {name}. {fix}"
         )
-    if not _is_count(num_data):
+    if not is_count(num_data):
         raise ValueError(
             "Expected num_data to be the number of examples in the whole training set, an integer"
             f" of at least 1; got {num_data!r}."
         )
 
 
-def _check_batch(size: int, num_data: int) -> None:
+def check_batch(size: int, num_data: int) -> None:
+    """Raises a `ValueError` if a batch has more examples than there are."""
     if size > num_data:
         raise ValueError(
             "Expected num_data to be the number of examples in the whole training set; got"

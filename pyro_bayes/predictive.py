@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
-from pyro_bayes.checks import is_number
+from pyro_bayes.checks import is_count, is_number
 from pyro_bayes.target import domain_of, elementary, fit_target
 
 _QUANTILE_SAMPLES = 1000
@@ -108,7 +108,7 @@ class Predictive:
         return self._cdf(fit_target(y, self.mixture))
 
     @torch.no_grad()
-    def quantile(self, levels: float | Sequence[float]) -> Tensor:
+    def quantile(self, levels: float | Sequence[float] | Tensor) -> Tensor:
         r"""Computes quantiles, of each element of a target by itself.
 
         They are exact up to rounding, by bisection of the mixture's distribution function; for
@@ -126,6 +126,7 @@ class Predictive:
             ValueError: If a level is not between 0 and 1.
         """
         self._numbers("quantile")
+        levels = levels.tolist() if isinstance(levels, Tensor) else levels
         several = tuple(levels) if isinstance(levels, Iterable) else (levels,)
         if not several or not all(is_number(level) and 0 < level < 1 for level in several):
             raise ValueError(f"Expected levels to be numbers between 0 and 1; got {levels!r}.")
@@ -170,7 +171,7 @@ class Predictive:
 
     @cached_property
     def mutual_information(self) -> Tensor:
-        """What of the entropy is epistemic: all but the mean over draws of their entropies."""
+        """The epistemic part of the entropy, all but the mean over draws of their entropies."""
         entropies: Tensor = self._classes("mutual_information").entropy()
         return (self.entropy - entropies.mean(0)).clamp_min(0)
 
@@ -201,12 +202,14 @@ class Predictive:
             y: The targets, of shape :math:`(B, *)`.
 
         Returns:
-            The standard errors in nats, of shape :math:`(B)`, of at least two draws.
+            The standard errors in nats, of shape :math:`(B)`.
 
         Raises:
             TypeError: If `y` is not a tensor.
-            ValueError: If it does not fit.
+            ValueError: If it does not fit, or there is one draw only.
         """
+        if self.num_samples < 2:
+            raise ValueError("Expected at least 2 draws, whose spread the error is; got 1.")
         weights = self._log_probs(y).softmax(0) * self.num_samples
         return (weights.var(0) / self.num_samples).sqrt()
 
@@ -226,7 +229,7 @@ class Predictive:
         Raises:
             ValueError: If `n` is not a positive integer.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        if not is_count(n):
             raise ValueError(f"Expected n to be an integer of at least 1; got {n!r}.")
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from pyro_bayes.checks import is_count
+
 
 class Schedule(nn.Module, ABC):
     """A weight that depends on the number of steps so far, which is a buffer and saved as such.
@@ -58,9 +60,9 @@ class LinearWarmup(Schedule):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not is_count(steps):
             raise ValueError(f"Expected steps to be an integer of at least 1; got {steps!r}.")
-        self.steps = steps
+        self.steps = int(steps)
 
     @property
     def weight(self) -> Tensor:

@@ -1,9 +1,20 @@
-"""Special functions that torch does not have."""
+"""Special functions that torch does not have, or not precisely enough."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """Returns a tensor in double precision, where its device has that.
+
+    Differences of large numbers, as of two values of the log-gamma function, need it.
+
+    Arguments:
+        x: The tensor.
+    """
+    return x if x.device.type == "mps" else x.double()
 
 
 def betainc(a: Tensor, b: Tensor, x: Tensor, *, complement: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, constraints
 
+_DISCRETE = constraints.boolean, constraints.nonnegative_integer
+
 
 def elementary(distribution: Distribution) -> Distribution:
     """Returns the distribution of single elements, behind what declares dimensions independent."""
@@ -44,24 +46,48 @@ def fit_target(y: Any, distribution: Distribution) -> Tensor:
     _check_shape(target, distribution)
     element, domain = elementary(distribution), domain_of(distribution)
     words = _words(element, domain)
-    if isinstance(element, Categorical):
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise ValueError(f"Expected y to hold {words}; got {y.dtype}. Pass y.long().")
-        target = y.long()
-    else:
-        discrete = domain is not None and domain.is_discrete
-        if y.is_complex() or not (discrete or y.is_floating_point()):
-            raise ValueError(f"Expected y to hold {words}; got {y.dtype}. Pass y.float().")
+    _check_dtype("y", target, element, domain)
     parameters = (v for v in vars(element).values() if isinstance(v, Tensor))
     parameter = next((v for v in parameters if v.is_floating_point()), None)
     if parameter is not None and parameter.device != y.device:
         raise ValueError(
             f"Expected y on {parameter.device}, as the network's output; got it on {y.device}."
         )
-    if parameter is not None and not isinstance(element, Categorical):
+    if isinstance(element, Categorical):
+        target = y.long()
+    elif parameter is not None:
         target = y.to(parameter.dtype)
     check_values("y", target, words, domain)
     return target
+
+
+def check_labels(name: str, y: Tensor, distribution: Distribution) -> None:
+    """Raises a `ValueError` unless labels or counts are such as a distribution has.
+
+    Real numbers pass.
+
+    Arguments:
+        name: What the targets are called.
+        y: The targets, of any number of examples.
+        distribution: The distribution of others.
+    """
+    element, domain = elementary(distribution), domain_of(distribution)
+    if isinstance(element, Categorical) or domain in _DISCRETE:
+        _check_dtype(name, y, element, domain)
+        check_values(name, y, _words(element, domain), domain)
+
+
+def _check_dtype(
+    name: str, y: Tensor, element: Distribution, domain: constraints.Constraint | None
+) -> None:
+    if isinstance(element, Categorical):
+        fits, fix = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool), "long"
+    else:
+        discrete = domain is not None and domain.is_discrete
+        fits, fix = not y.is_complex() and (discrete or y.is_floating_point()), "float"
+    if not fits:
+        words = _words(element, domain)
+        raise ValueError(f"Expected {name} to hold {words}; got {y.dtype}. Pass y.{fix}().")
 
 
 def check_values(

@@ -91,7 +91,7 @@ class TiedModule(PyroModule):
     def mean(self) -> Iterator[nn.Module]:
         """Holds the posterior means in the base while the context is open, without gradients.
 
-        So does :attr:`base` where no other context is open. The mode stays what it is.
+        So does `base` where no other context is open. The mode stays what it is.
 
         Yields:
             The base.

@@ -102,6 +102,7 @@ def test_everything_else_is_left_alone(bnn, training):
         ([X, X[:, :2]], RuntimeError, "shape"),
         ([(X, X, Y)], ValueError, "pairs"),
         (["words"], TypeError, "str"),
+        ([X, X * torch.nan], ValueError, "statistics that are finite"),
     ],
 )
 def test_after_an_error_statistics_are_as_before(bnn, loader, error, match):

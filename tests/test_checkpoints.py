@@ -223,6 +223,19 @@ def test_another_file_is_refused(tmp_path):
         fit(**make(checkpoint=file, resume=True), epochs=2)
 
 
+@pytest.mark.parametrize("part", checkpoint.PARTS)
+def test_a_file_without_a_part_is_refused(saved, tmp_path, part):
+    content = checkpoint.load(saved)
+    assert set(content) == {"format", *checkpoint.PARTS}
+    del content[part]
+    torch.save(content, tmp_path / "part.pt")
+    call = make(checkpoint=tmp_path / "part.pt", resume=True)
+    before = [p.clone() for p in call["objective"].parameters()]
+    with pytest.raises(ValueError, match=rf"part\.pt' to be a whole .* without \['{part}'\]"):
+        fit(**call, epochs=2)
+    assert all(map(torch.equal, before, call["objective"].parameters()))
+
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("hostile",)

@@ -64,6 +64,9 @@ def test_signal_counts_the_noise_of_batches():
     batches = [(one, 3 * one), (one, one)]  # gradients -3 and -1
     row = diagnose(objective, batches, 400).rows[0]
     assert row.signal_mean == pytest.approx(2.0, rel=0.01)
+    # Of two gradients, the variance is 2, and that of their mean 1.
+    row = diagnose(objective, batches, 2).rows[0]
+    assert row.signal_mean == pytest.approx(((4 - 1) / 2) ** 0.5, rel=0.02)
 
 
 def parts():
@@ -80,6 +83,7 @@ def test_rows_and_totals():
     with torch.no_grad():
         model.logvars.get_parameter("0.weight")[0] += 0.1
         model.logvars.get_parameter("2.bias").fill_(-4.99)
+        model.logvars.get_parameter("2.weight")[0, 0] -= 0.025
     diagnosis = diagnose(objective, batches)
     rows = {row.parameter: row for row in diagnosis.rows}
     assert list(rows) == [
@@ -88,7 +92,8 @@ def test_rows_and_totals():
     ]
     assert rows["0.weight"].unmoved == 0.75
     assert rows["2.bias"].unmoved == 1.0  # by half a percent only
-    assert diagnosis.unmoved == pytest.approx(1 - 3 / 21)
+    assert rows["2.weight"].unmoved == 0.75  # by more than a percent
+    assert diagnosis.unmoved == pytest.approx(1 - 4 / 21)
     assert rows["1.bias"].unmoved is rows["1.bias"].kl is rows["1.bias"].signal_logvar is None
     assert rows["likelihood.log_scale"].signal_mean > 0
     kl = float(model.kl_divergence().detach())
@@ -100,6 +105,14 @@ def test_rows_and_totals():
     assert lines[1].split()[3] == "75%"
     assert f"{kl:.4g} nats against N = 16, {kl / 16:.4g} per datum" in lines[-2]
     assert "init_logvar=-5" in lines[-1]
+
+
+@pytest.mark.parametrize(("init_logvar", "nearer"), [(-9.0, True), (-5.0, False), (-3.0, False)])
+def test_advice_to_start_nearer_is_for_those_who_start_far(init_logvar, nearer):
+    bnn = BayesianModel(nn.Linear(1, 1), init_logvar=init_logvar)
+    objective = ELBO(bnn, likelihoods.Gaussian(1.0), 2)
+    (advice,) = diagnose(objective, [(torch.ones(2, 1), torch.ones(2, 1))], 2).advice
+    assert ("start nearer, as BayesianModel(net, init_logvar=-5.0)" in advice) is nearer
 
 
 def test_it_leaves_no_trace():

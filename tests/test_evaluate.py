@@ -292,6 +292,21 @@ def test_ends_of_intervals_move_as_other_draws_would_have_them(likelihood, scale
         assert (width[1:] - width[0]).square().mean() / move > 0.8
 
 
+def test_ends_of_an_interval_of_one_count_move():
+    views = Bootstrap(20, replicates=6, seed=3)
+    output = torch.linspace(-0.5, 2.0, 300).double() + torch.randn(20, 300, dtype=torch.double)
+
+    def predict(chosen):
+        return Predictive(Poisson().distribution(chosen, batch_dims=2))
+
+    y = predict(output).quantile(0.5)
+    found = score(predict(output), y, views, (0.02,), seeded())["in@0.02"]
+    ends = [predict(output[views.indices(v)]).interval(0.02) for v in range(views.views)]
+    inside = torch.stack([(low <= y) & (y <= high) for low, high in ends])
+    assert (inside[1:] != inside[0]).double().mean() > 0.1
+    assert (found[1:] == inside[1:]).double().mean() > 0.9
+
+
 # The pass
 
 
@@ -300,13 +315,23 @@ def test_batches_are_as_one(name):
     case, x = CASES[name], torch.randn(12, 3, dtype=torch.double)
     bnn, y = BayesianModel(Base(case), init_logvar=-3.0), case.y(12)
     one, several = (
-        evaluate(bnn, case.make(), loader(x, y, size=size), 30, ood=[x], generator=seeded())
+        evaluate(bnn, case.make(), loader(x, y, size=size), 30, ood=[3 * x], generator=seeded())
         for size in (12, 5)
     )
     for a, b in zip(one.rows, several.rows, strict=True):
         if name != "Poisson" or a.metric not in ("crps", "pit_deviation"):  # these are random
             assert a.value == pytest.approx(b.value, abs=1e-6)
             assert a.monte_carlo_error == pytest.approx(b.monte_carlo_error, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 23])
+def test_noise_of_one_scale_knows_nothing_of_other_data(gaussian, size):
+    """All its variances are the same, whatever the batch, and ties are no order."""
+    bnn, likelihood, x, y = gaussian
+    found = evaluate(bnn, likelihood, loader(x, y, size=size), 30, ood=[3 * x, x[:5]])
+    (row,) = (row for row in found.rows if row.metric == "auroc_aleatoric")
+    assert (row.value, row.monte_carlo_error, row.standard_error) == (0.5, 0, 0)
+    assert (found.examples["aleatoric"] == found.ood["aleatoric"][0]).all()
 
 
 def test_seeds(gaussian):
@@ -452,6 +477,13 @@ def test_predictions_that_are_no_numbers(gaussian):
         bnn.base.net[0].bias.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"got nan.*batch 0 of loader"):
         evaluate(bnn, Gaussian(0.3), loader(x, y), 5)
+
+
+def test_information_of_equal_draws_is_never_below_zero():
+    bnn = BayesianModel(nn.Linear(3, 10), init_logvar=-80.0)
+    x, y = torch.randn(300, 3), torch.zeros(300).long()
+    found = evaluate(bnn, Categorical(), [(x, y)], 8)
+    assert (found.examples["epistemic"] >= 0).all()
 
 
 def test_targets_without_a_mean_or_a_variance(gaussian):

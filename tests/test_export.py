@@ -77,6 +77,7 @@ def test_every_likelihood(name):
     found = to_arviz(bnn, 5, likelihood=case.make(), loader=[(x, y)], generator=seeded())
     assert found["log_likelihood"]["y"].shape == (1, 5, 6)
     assert found["posterior_predictive"]["y"].shape == (1, 5, *y.shape)
+    assert found["posterior_predictive"]["y"].dtype == found["observed_data"]["y"].dtype
     posterior, likelihood = found["posterior"], case.make()
     draw = {key: torch.from_numpy(posterior[key].values[0, 3]) for key in posterior}
     expected = likelihood.log_prob(functional_call(bnn.base, draw, x), y).detach()
@@ -132,6 +133,9 @@ def test_seeds_and_modes(bnn, data):
 def test_half_precision():
     bnn = BayesianModel(nn.Linear(3, 2, dtype=torch.bfloat16))
     assert to_arviz(bnn, 5)["posterior"]["weight"].dtype == np.float32
+    x, y = torch.randn(4, 3).bfloat16(), torch.randn(4, 2).bfloat16()
+    found = to_arviz(bnn, 5, likelihood=Gaussian(1.0), loader=[(x, y)])
+    np.testing.assert_array_equal(found["observed_data"]["y"].values, y.float().numpy())
 
 
 BAD = {

@@ -1,18 +1,26 @@
 """fit(): the steps it takes, what it returns, and what it leaves behind."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from regression import NOISE_VAR, Problem
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
 from pyro_bayes.schedule import LinearWarmup
 from pyro_bayes.training import History, fit
-from pyro_bayes.training.batches import check_finite
+from pyro_bayes.training.batches import Batches, check_finite
+from pyro_bayes.training.run import Run
 
 STILL = pytest.mark.filterwarnings("ignore:After .* epochs")
 
@@ -107,6 +115,31 @@ def test_history_is_in_nats_per_datum():
     assert history.validation == pytest.approx([(15 * nlls[1] + 10 * nlls[2]) / 25] * 2)
 
 
+@STILL
+def test_rehearsal_of_validation_draws_no_random_numbers():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return torch.full((3,), random.random() + np.random.rand()), torch.rand(1)
+
+    found = []
+    for rehearse in (True, False):
+        objective, loader = make()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        held_out = DataLoader(
+            Noisy(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            if not rehearse:
+                patch.setattr(Run, "_rehearse", lambda run: None)
+            found.append(fit(objective, loader, 2, optimizer=adam(objective), validation=held_out))
+    assert found[0] == found[1]
+
+
 def test_validation_has_its_own_noise_and_leaves_training_alone():
     plain, loader = make()
     torch.manual_seed(0)
@@ -120,7 +153,7 @@ def test_validation_has_its_own_noise_and_leaves_training_alone():
     torch.manual_seed(0)
     fit(objective, loader, 2, optimizer=adam(objective), validation=held_out)
     assert same(state(plain), state(objective))
-    assert seen == 2 * (3 * [True] + 3 * [False])
+    assert seen == [False] + 2 * (3 * [True] + 3 * [False])  # the first is a rehearsal
 
 
 @STILL
@@ -300,11 +333,37 @@ def test_samplers_know_the_epoch():
     assert Sampler.epochs == [0, 1, 2]
 
 
+def test_shares_of_the_data_are_smaller(monkeypatch):
+    _, loader = make(count=24)
+    half = DataLoader(loader.dataset, sampler=SubsetRandomSampler(range(12)))
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="got 24, and a dataset of 12"):
+        Batches(half, name="loader", num_data=24, device=cpu)
+    monkeypatch.setattr("pyro_bayes.training.processes.count", lambda: 2)
+    Batches(half, name="loader", num_data=24, device=cpu)
+    with pytest.warns(UserWarning, match="got 20, and a dataset of 24"):
+        Batches(loader, name="loader", num_data=20, device=cpu)
+
+
 def test_posterior_at_its_initial_value_is_said():
     objective, loader = make()
     with pytest.warns(UserWarning, match=r"After 1 epochs: 100% .* init_logvar=-5") as record:
         fit(objective, loader, 1, optimizer=adam(objective, lr=1e-4))
     assert record[0].filename == __file__
+
+
+def test_samplers_of_a_part_of_the_data():
+    """Rows that are never met need not be finite, and do not count."""
+    objective, loader = make(count=24)
+    x, y = loader.dataset.tensors
+    data = TensorDataset(torch.cat([x, x * math.nan]), torch.cat([y, y]))
+    weights = torch.arange(48) < 24
+    for sampler in (SubsetRandomSampler(range(24)), WeightedRandomSampler(weights.double(), 24)):
+        parts = DataLoader(data, batch_size=8, sampler=sampler)
+        assert len(fit(objective, parts, 1, optimizer=adam(objective, lr=0.5))) == 1
+    parts = DataLoader(data, batch_size=8, sampler=SubsetRandomSampler(range(20)))
+    with pytest.warns(UserWarning, match="got 24, and a dataset of 20"):
+        fit(objective, parts, 1, optimizer=adam(objective))
 
 
 def test_num_data_that_is_not_the_datasets_is_said():

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
 from pyro_bayes.training import checkpoint, fit
@@ -53,6 +60,31 @@ def with_labels(labels):
         call["objective"] = ELBO(bnn, likelihoods.Categorical(), N)
         call["optimizer"] = torch.optim.Adam(call["objective"].parameters())
         call["loader"] = [(torch.randn(4, 3), labels)]
+
+    return change
+
+
+def with_classes(rows=N, valid=False, **options):
+    """A classification of five classes, the last of whose labels is 5."""
+
+    def change(call):
+        with_labels(torch.zeros(4).long())(call)
+        labels = torch.zeros(rows).long()
+        labels[-1] = 5
+        data = TensorDataset(torch.randn(rows, 3), labels)
+        loader = DataLoader(data, batch_size=3, **options)
+        call["validation" if valid else "loader"] = loader
+
+    return change
+
+
+def late(likelihood, y):
+    """Targets that a likelihood does not have, in the last batch."""
+
+    def change(call):
+        x = [x for x, _ in call["loader"]]
+        call.update(regression(likelihood=likelihood))
+        call["loader"] = [(x[0], torch.ones(4, 1)), (x[1], torch.ones(4, 1)), (x[2], y)]
 
     return change
 
@@ -164,9 +196,45 @@ CASES = {
     "y of another shape": (with_batch(0, y=torch.zeros(4)), ValueError, r"\(4, 1\).*got \(4,\)"),
     "y of another dtype": (with_batch(0, y=torch.zeros(4, 1).long()), ValueError, "Expected y"),
     "labels out of range": (with_labels(torch.tensor([0, 1, 2, 5])), ValueError, "Expected y"),
+    "a label out of range, later": (
+        with_classes(),
+        ValueError,
+        r"y of loader's dataset to hold .* 0 to 4; got 5 at index \(11,\)",
+    ),
+    "a label out of range, of validation": (
+        with_classes(valid=True),
+        ValueError,
+        r"y of validation's dataset to hold .* 0 to 4; got 5 at index \(11,\)",
+    ),
+    "a label of no class, later": (
+        late(likelihoods.Bernoulli(), torch.full((4, 1), 2.0)),
+        ValueError,
+        r"y of batch 2 of loader to hold 0 or 1; got 2 at index \(0, 0\)",
+    ),
+    "half a count, later": (
+        late(likelihoods.Poisson(), torch.full((4, 1), 0.5)),
+        ValueError,
+        r"y of batch 2 of loader to hold counts, integers from 0; got 0\.5",
+    ),
+    "a count that is complex, later": (
+        late(likelihoods.NegativeBinomial(1.0), torch.ones(4, 1) + 0j),
+        ValueError,
+        r"y of batch 2 of loader to hold counts, integers from 0; got torch\.complex64",
+    ),
+    "validation of another width": (
+        put(validation=[(torch.randn(4, 2), torch.randn(4, 1))]), RuntimeError, "shape",
+    ),
+    "validation of another shape": (
+        put(validation=[(torch.randn(4, 3), torch.randn(4))]), ValueError, "Expected y of the sh",
+    ),
     "labels as numbers": (with_labels(torch.zeros(4)), ValueError, "Expected y"),
     "batch larger than N": (
         with_batch(0, torch.zeros(N + 1, 3), torch.zeros(N + 1, 1)),
+        ValueError,
+        "num_data .*got 12 and a batch of 13",
+    ),
+    "later batch larger than N": (
+        with_batch(2, torch.zeros(N + 1, 3), torch.zeros(N + 1, 1)),
         ValueError,
         "num_data .*got 12 and a batch of 13",
     ),
@@ -201,6 +269,23 @@ def test_one_error_before_the_first_step(case):
     if isinstance(call["optimizer"], torch.optim.Optimizer):
         assert not call["optimizer"].state
     assert all(p.grad is None for p in objective.parameters())
+
+
+def test_labels_that_are_never_met_are_not_looked_at():
+    for options in (
+        {"sampler": SubsetRandomSampler(range(N - 1))},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler(range(N - 1)), 4, drop_last=False)},
+        {"collate_fn": lambda rows: (torch.randn(len(rows), 3), torch.zeros(len(rows)).long())},
+    ):
+        call = regression()
+        if "batch_sampler" in options:
+            with_classes()(call)
+            call["loader"] = DataLoader(call["loader"].dataset, **options)
+        else:
+            with_classes(**options)(call)
+        call["objective"].num_data = N if "collate_fn" in options else N - 1
+        call["optimizer"].param_groups[0]["lr"] = 0.5
+        assert len(fit(**call)) == 2
 
 
 def test_a_wrapped_objective_is_to_be_unwrapped():

@@ -136,6 +136,27 @@ def test_divergence_of_many_elements_far_from_the_prior(block):
     torch.testing.assert_close(logvar.grad, 0.5 * (10 * logvar.exp() - 1).detach())
 
 
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+@pytest.mark.parametrize("shift", [-6.0, -0.3, 0.0, 2.0])
+def test_divergence_after_draws_is_that_of_the_formula(kind, shift, monkeypatch):
+    sizes = {"w": flat.BLOCK + 7, "b": 5}
+    posterior = {
+        name: (
+            0.05 * torch.randn(size),
+            (math.log(0.3) + shift + 1e-3 * torch.randn(size)).requires_grad_(),
+        )
+        for name, size in sizes.items()
+    }
+    expected = sum(
+        gaussian.kl_divergence(m.double(), v.double(), 0.3).item() for m, v in posterior.values()
+    )
+    _, anchor = fused.outputs_and_anchor(kind, posterior)
+    if shift == -6:  # far from the prior, what was summed up with the draws is enough
+        monkeypatch.setattr(fused, "_divergences", None)
+    found = fused.kl_divergence(posterior, 0.3, anchor)
+    assert found.item() == pytest.approx(expected, rel=2e-6)
+
+
 def test_derivatives_of_first_and_second_order(posterior):
     def draws(*values):
         return noisy(posterior, values)

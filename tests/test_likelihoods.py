@@ -10,6 +10,7 @@ import pytest
 import torch
 from likelihood_cases import CASES, SCALES, Base
 from pyro import poutine
+from scipy import stats
 from torch import nn
 from torch.distributions import Normal
 
@@ -154,6 +155,38 @@ def test_poisson_is_exact_for_extreme_rates():
     log_prob = Poisson().log_prob(log_rate, torch.tensor([2.0, 0.0, 0.0]))
     exact = torch.tensor([-400.0 - np.log(2.0), 0.0, -np.exp(80.0)]).float()
     torch.testing.assert_close(log_prob, exact)
+
+
+LARGE = {
+    "counts": (Poisson(), lambda f: stats.poisson(np.exp(f)), (9.0, 14.0)),
+    **{
+        f"total_count={r:g}": (
+            NegativeBinomial(r), lambda f, r=r: stats.nbinom(r, r / (r + np.exp(f))), (0.0, 5.0),
+        )
+        for r in (1e4, 1e8)
+    },
+    **{
+        f"df={df:g}": (StudentT(1.0, df=df), lambda f, df=df: stats.t(df, f), (0.0, 3.0))
+        for df in (1e5, 1e7)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("likelihood", "exact", "outputs"), LARGE.values(), ids=LARGE)
+def test_single_precision_is_enough_for_large_numbers(likelihood, exact, outputs):
+    """Differences of log-gamma functions leave nothing of their digits."""
+    output = torch.tensor(outputs, requires_grad=True)
+    law = exact(output.detach().double().numpy())
+    y = torch.tensor(law.mean() + law.std() * np.array([[-0.8], [0.0], [1.3]])).round().float()
+    for row in y:
+        log_prob = likelihood.log_prob(output, row)
+        of = law.logpmf if hasattr(law.dist, "pmf") else law.logpdf
+        truth = torch.from_numpy(of(row.numpy())).float()
+        torch.testing.assert_close(log_prob, truth, rtol=1e-6, atol=1e-6)
+        below = torch.from_numpy(law.cdf(row.numpy())).float()
+        found = likelihood.distribution(output).cdf(row)
+        torch.testing.assert_close(found, below, rtol=1e-4, atol=1e-6)
+        assert torch.autograd.grad(log_prob.sum(), output)[0].dtype == torch.float32
 
 
 def test_heteroscedastic_density_is_bounded():

@@ -154,6 +154,14 @@ def test_gaussian_crps_of_a_mixture_in_each_view():
             close(found[view, i], sum(parts), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_gaussian_crps_of_scales_whose_squares_are_no_numbers(unit):
+    mean, scale = (part.float() for part in mixture())
+    y, views = torch.randn(4), views_of(6)
+    found = gaussian_crps(unit * mean, unit * scale, unit * y, views)
+    torch.testing.assert_close(found / unit, gaussian_crps(mean, scale, y, views))
+
+
 def test_sample_crps_in_each_view():
     samples, y = torch.randn(6, 4, dtype=torch.double), torch.randn(4, dtype=torch.double)
     views = views_of(6)
@@ -194,6 +202,12 @@ def test_bootstrap_views_are_of_the_elements_that_they_draw():
         return (a * d - b * c).abs()
 
     close(views.weights(x).sum(1), torch.ones(6))
+    same = torch.tensor(0.1).expand(12, 37)
+    assert torch.equal(views.means(same), same[:6])
+    far = 1e6 + x.float()
+    torch.testing.assert_close(
+        views.means(far) - 1e6, views.means((far - 1e6).double()).float(), rtol=0, atol=0.07
+    )
     pairs = views.pair_means(kernel, x, x.exp())
     for view in range(6):
         drawn = x[views.indices(view)]
@@ -201,6 +215,11 @@ def test_bootstrap_views_are_of_the_elements_that_they_draw():
         close(views.log_means(800 * x)[view], (800 * drawn).logsumexp(0) - math.log(12))
         a, c = drawn[:, None], drawn.exp()[:, None]
         close(pairs[view], kernel(a, c, drawn[None], drawn.exp()[None]).mean((0, 1)))
+
+
+def test_bootstrap_error_is_that_of_the_replicates():
+    views = torch.tensor([[5.0, 0.0], [1.0, 0.0], [3.0, 4.0]], dtype=torch.double)
+    close(Bootstrap.error(views), [2**0.5, 8**0.5])
 
 
 @pytest.mark.parametrize("statistic", [torch.mean, torch.median])
@@ -212,6 +231,35 @@ def test_bootstrap_error(statistic):
         values = [statistic(x[views.indices(view)]) for view in range(201)]
         errors.append(Bootstrap.error(torch.stack(values)))
     assert torch.stack(errors).mean() == pytest.approx(truth, rel=0.1)
+
+
+SHARE = torch.tensor([0.9, 0.8])
+BAD = {
+    "lengths": (lambda f: f(SHARE, torch.ones(3)), r"one shape.* got \(2,\) and \(3,\)"),
+    "columns": (lambda f: f(SHARE[None], torch.ones(1, 2)), r"\(1, 2\) and \(1, 2\)"),
+    "nothing": (lambda f: f(SHARE[:0], torch.ones(0)), r"got \(0,\)"),
+    "bins": (lambda f: f(SHARE, torch.ones(2), bins=0), "bins to be an integer .* got 0"),
+}
+
+
+@pytest.mark.parametrize("error", [metrics.calibration_error, metrics.adaptive_calibration_error])
+@pytest.mark.parametrize("name", BAD)
+def test_calibration_of_bad_input(name, error):
+    call, match = BAD[name]
+    with pytest.raises(ValueError, match=match):
+        call(error)
+
+
+@pytest.mark.parametrize("error", [metrics.calibration_error, metrics.adaptive_calibration_error])
+def test_calibration_in_half_precision(error):
+    confidence = SHARE.repeat(2000).bfloat16()
+    exact = 1 - confidence.double().mean()
+    assert error(confidence, torch.ones(4000)).item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_auroc_of_nothing():
+    with pytest.raises(ValueError, match="got 2 and 0"):
+        metrics.auroc(SHARE, SHARE[:0])
 
 
 @pytest.mark.parametrize("call", ["calibration_error", "auroc"])

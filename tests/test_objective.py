@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -241,6 +242,12 @@ def test_warmup_rises_from_zero_to_one_and_stays():
         warmup.step()
     assert weights == [0, 0.25, 0.5, 0.75, 1, 1]
     assert warmup.count == 6
+
+
+def test_counts_may_be_of_numpy(bnn):
+    steps = np.int64(2)
+    objective = ELBO(bnn, Gaussian(0.5), steps, num_samples=steps, kl_weight=LinearWarmup(steps))
+    assert type(objective.num_data) is type(objective.kl_weight.steps) is int
 
 
 def test_schedule_weighs_the_divergence(bnn, data):

@@ -230,6 +230,24 @@ def test_training_curves():
 
 # What they refuse
 
+
+def test_histograms_of_millions_of_parameters(monkeypatch):
+    """`torch.quantile` refuses more than 16 million numbers."""
+    monkeypatch.setattr(torch.Tensor, "quantile", None)
+    bnn = BayesianModel(nn.Linear(30, 200))
+    with torch.no_grad():
+        bnn.logvars.weight[0, :4] = torch.tensor([-40.0, -40.0, -40.0, 0.0])
+    low, high = plots.scale_histogram(bnn).get_xlim()
+    assert 1e-4 < low < 0.01 < 1 < high < 2  # but for one in a thousand
+
+
+def test_rounding_of_probabilities_is_forgiven():
+    """Means of probabilities in single precision may be above 1."""
+    confidence = torch.tensor([0.5, 1.0000002])
+    assert plots.reliability(confidence, torch.ones(2)).get_xlim() == (0, 1)
+    assert plots.pit_histogram(confidence - 1e-7).get_xlim() == (0, 1)
+
+
 BAD = {
     "lengths": (lambda: plots.reliability(CONFIDENCE, CORRECT[:3]), ValueError, "got 7 and 3"),
     "shape": (lambda: plots.rejection_curve(torch.rand(3, 2), torch.rand(3, 2)), ValueError,
@@ -240,6 +258,8 @@ BAD = {
     "pit": (lambda: plots.pit_histogram(torch.tensor([0.5, 1.5])), ValueError, "from 0.5 to 1.5"),
     "confidence": (lambda: plots.reliability(2 * CONFIDENCE, CORRECT), ValueError,
                    "confidence to be between 0 and 1; got values from 0.1 to 2"),
+    "no bins": (lambda: plots.reliability(CONFIDENCE, CORRECT, bins=0), ValueError, "bins .* 0"),
+    "half a bin": (lambda: plots.pit_histogram(CONFIDENCE, bins=0.5), ValueError, "bins .*got 0.5"),
     "level": (lambda: band(BayesianModel(nn.Linear(1, 1)), level=90), ValueError, "level .* 90"),
     "outputs": (lambda: plots.regression_band(
         torch.rand(4), Gaussian(1.0).predictive(BayesianModel(nn.Linear(1, 2)), torch.rand(4, 1))),

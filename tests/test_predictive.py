@@ -1,5 +1,6 @@
 """The predictive mixture, against scipy, brute force and its own samples."""
 
+import numpy as np
 import pytest
 import torch
 import zuko
@@ -144,6 +145,14 @@ def test_quantiles_of_other_distributions(distribution, median):
     close(Predictive(distribution).quantile(0.5), torch.full((2,), median))
 
 
+def test_levels_and_numbers_of_other_kinds():
+    predictive = Predictive(Normal(torch.zeros(2, 3), 1.0))
+    expected = predictive.quantile((0.25, 0.5))
+    assert torch.equal(predictive.quantile(torch.tensor([0.25, 0.5])), expected)
+    assert torch.equal(predictive.quantile(torch.tensor(0.5)), expected[1])
+    assert predictive.sample(np.int64(4)).shape == (4, 3)
+
+
 def test_quantiles_without_a_distribution_function_are_those_of_samples():
     mixture = MultivariateNormal(torch.zeros(S, B, 2), torch.eye(2))
     low, high = Predictive(mixture).interval(0.9)
@@ -270,6 +279,10 @@ ERRORS = {
     "levels": (lambda: REGRESSION.quantile((0.5, 2)), ValueError, "between 0 and 1"),
     "no level": (lambda: REGRESSION.quantile(()), ValueError, "between 0 and 1"),
     "interval": (lambda: REGRESSION.interval(90), ValueError, "level .*got 90"),
+    "error of one draw": (
+        lambda: Predictive(Normal(torch.zeros(1, B), 1.0)).log_prob_standard_error(torch.zeros(B)),
+        ValueError, "at least 2 draws, .*got 1",
+    ),
     "n": (lambda: REGRESSION.sample(0), ValueError, "n to be an integer of at least 1"),
     "probs of numbers": (lambda: REGRESSION.probs, AttributeError, "`probs`; got numbers"),
     "entropy of numbers": (lambda: REGRESSION.entropy, AttributeError, "classes for `entropy`"),

@@ -34,7 +34,7 @@ def draw_digits(
     axes = left.subplots()
     for name, prediction in reversed(list(predictions.items())):
         confidence, predicted = prediction.probs.max(-1)
-        plots.reliability(confidence.clamp(max=1), predicted == labels, label=name, ax=axes)
+        plots.reliability(confidence, predicted == labels, label=name, ax=axes)
     axes.grid(alpha=0.3)
 
     prediction = predictions["Bayesian"]

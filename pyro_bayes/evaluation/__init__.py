@@ -1,6 +1,6 @@
 """From a posterior to scores, figures and ArviZ.
 
-:func:`evaluate` scores predictions, in one table, with the errors of the scores.
+:func:`~pyro_bayes.evaluate` scores predictions, in one table, with the errors of the scores.
 :mod:`~pyro_bayes.evaluation.plots` draws figures of what it found, of the posterior and of
 training. :func:`to_arviz` exports draws and predictions.
 """

@@ -37,7 +37,7 @@ def to_arviz(
     Warning:
         Leave-one-out cross-validation (`arviz.loo`) weighs draws as if they came from the exact
         posterior. These come from :math:`q(\theta)`: judge it by its Pareto :math:`k`, and trust
-        examples that were held out more (:func:`~pyro_bayes.evaluation.evaluate`). The draws are
+        examples that were held out more (:func:`~pyro_bayes.evaluate`). The draws are
         independent, so effective sample sizes are about their number, and say nothing about how
         close :math:`q` is.
 
@@ -45,14 +45,14 @@ def to_arviz(
         bnn: The model.
         num_samples: The number :math:`S` of draws.
         likelihood: The likelihood that it was trained with.
-        loader: Batches of pairs :math:`(x, y)`, as in :func:`~pyro_bayes.evaluation.evaluate`.
+        loader: Batches of pairs :math:`(x, y)`, as in :func:`~pyro_bayes.evaluate`.
         include_params: Patterns of parameters to export, as in :class:`~pyro_bayes.BayesianModel`;
             by default, all that are Bayesian.
         chunk_size: How many draws to evaluate at once.
         generator: Where the seed comes from, torch's global generator by default.
 
     Returns:
-        The data structure of the ArviZ that is installed: an :class:`xarray.DataTree` from
+        The data structure of the ArviZ that is installed, an :class:`xarray.DataTree` from
         version 1 on, an :class:`arviz.InferenceData` before.
 
     Raises:
@@ -107,7 +107,7 @@ def to_arviz(
             found = joined("loader", (_of_batch(p, y, draws.noise) for p, y in pairs))
         groups["posterior_predictive"] = {"y": _chain(found["sample"])}
         groups["log_likelihood"] = {"y": _chain(found["log_prob"])}
-        groups["observed_data"] = {"y": found["y"][0].numpy()}
+        groups["observed_data"] = {"y": _array(found["y"][0])}
     return _packed(groups)
 
 
@@ -115,13 +115,20 @@ def _of_batch(predictive: Predictive, y: Tensor, noise: torch.Generator) -> dict
     _, log_prob = log_probs(predictive, y)
     with seeded(int(torch.randint(2**63 - 1, (), generator=noise))):
         sample = predictive.mixture.sample()
+    if not y.is_floating_point():  # ArviZ plots integers otherwise than real numbers
+        sample = sample.to(y.dtype)
     return {"y": y.unsqueeze(0), "sample": sample, "log_prob": log_prob}
 
 
 def _chain(values: Tensor) -> Any:
     """Returns draws as the one chain that they are."""
-    dtype = torch.promote_types(values.dtype, torch.float32)  # numpy has no bfloat16
-    return values.unsqueeze(0).to("cpu", dtype).numpy()
+    return _array(values.unsqueeze(0))
+
+
+def _array(values: Tensor) -> Any:
+    if values.is_floating_point():  # numpy has no bfloat16
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.cpu().numpy()
 
 
 def _packed(groups: dict[str, dict[str, Any]]) -> Any:

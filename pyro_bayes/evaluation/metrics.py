@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes._extras import require
+from pyro_bayes.checks import is_count
 
 
 def brier_score(probs: Tensor, labels: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def brier_score(probs: Tensor, labels: Tensor) -> Tensor:
 
     References:
         | Verification of Forecasts Expressed in Terms of Probability (Brier, 1950)
-        | https://doi.org/10.1175/1520-0493(1950)078<0001:VOFEIT>2.0.CO;2
+        | https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2
 
     Example:
         >>> brier_score(torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([0]))
@@ -54,6 +55,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) ->
 
     Raises:
         ImportError: If the extra `metrics` is not installed.
+        ValueError: If an argument is of the wrong shape or out of range.
 
     References:
         | On Calibration of Modern Neural Networks (Guo et al., 2017)
@@ -67,9 +69,10 @@ def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) ->
     require("torchmetrics", extra="metrics")
     from torchmetrics.functional.classification import binary_calibration_error
 
+    confidence, correct = _checked(confidence, correct, bins)
     below_one = torch.nextafter(confidence.new_tensor(1.0), confidence.new_tensor(0.0))
     return binary_calibration_error(
-        confidence.minimum(below_one), correct.long(), n_bins=bins, validate_args=False
+        confidence.minimum(below_one), correct, n_bins=bins, validate_args=False
     )
 
 
@@ -86,6 +89,9 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
     Returns:
         The error, a 0-dim tensor.
 
+    Raises:
+        ValueError: If an argument is of the wrong shape or out of range.
+
     References:
         | Measuring Calibration in Deep Learning (Nixon et al., 2019)
         | https://arxiv.org/abs/1904.01685
@@ -95,10 +101,11 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int
         >>> adaptive_calibration_error(confidence, correct, bins=2)
         tensor(0.1000)
     """
+    confidence, correct = _checked(confidence, correct, bins)
     ranks = torch.arange(1, bins, dtype=torch.double) * len(confidence) / bins
     edges = confidence.sort().values[ranks.ceil().long() - 1]
     places = torch.bucketize(confidence, edges)
-    gaps = confidence.new_zeros(bins).index_add(0, places, correct.to(confidence) - confidence)
+    gaps = confidence.new_zeros(bins).index_add(0, places, correct - confidence)
     return gaps.abs().sum() / len(confidence)
 
 
@@ -143,11 +150,12 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
         outside: The scores of other examples, which should be higher, of shape :math:`(M)`.
 
     Returns:
-        The area, a 0-dim tensor between 0 and 1: 0.5 if the score knows nothing, and nan if there
+        The area, a 0-dim tensor between 0 and 1; 0.5 if the score knows nothing, and nan if there
         is none.
 
     Raises:
         ImportError: If the extra `metrics` is not installed.
+        ValueError: If one of the sets is empty.
 
     References:
         | A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
@@ -161,6 +169,11 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     require("torchmetrics", extra="metrics")
     from torchmetrics.functional.classification import binary_auroc
 
+    if not len(inside) or not len(outside):
+        raise ValueError(
+            "Expected a score inside and one outside at least; got"
+            f" {len(inside)} and {len(outside)}."
+        )
     scores = torch.cat([inside, outside])
     if scores.isnan().any():
         return scores.new_tensor(torch.nan)
@@ -168,3 +181,16 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     labels = torch.cat([torch.zeros_like(inside), torch.ones_like(outside)]).long()
     # In double precision, ranks stay distinct.
     return binary_auroc(ranks.double() / len(values), labels, validate_args=False).float()
+
+
+def _checked(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Returns confidences in single precision or more, and whether predictions are right."""
+    if confidence.dim() != 1 or len(confidence) == 0 or correct.shape != confidence.shape:
+        raise ValueError(
+            "Expected confidence and correct to be of one shape (N,), with a number for each of N"
+            f" examples; got {tuple(confidence.shape)} and {tuple(correct.shape)}."
+        )
+    if not is_count(bins):
+        raise ValueError(f"Expected bins to be an integer of at least 1; got {bins!r}.")
+    wide = torch.promote_types(confidence.dtype, torch.float32)
+    return confidence.to(wide), correct.long()

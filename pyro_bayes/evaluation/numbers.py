@@ -60,10 +60,10 @@ def gaussian_crps(mean: Tensor, scale: Tensor, y: Tensor, draws: Bootstrap) -> T
     r"""Computes the continuous ranked probability score under an even mixture of Gaussians.
 
     .. math:: \mathrm{E}|X - y| - \frac{1}{2} \mathrm{E}|X - X'|
-              = \frac{1}{S} \sum_s A(\mu_s - y, \sigma_s^2)
-              - \frac{1}{2 S^2} \sum_{st} A(\mu_s - \mu_t, \sigma_s^2 + \sigma_t^2)
+              = \frac{1}{S} \sum_s A(\mu_s - y, \sigma_s)
+              - \frac{1}{2 S^2} \sum_{st} A(\mu_s - \mu_t, \sqrt{\sigma_s^2 + \sigma_t^2})
 
-    where :math:`A(\mu, \sigma^2) = 2 \sigma \varphi(\mu / \sigma) + \mu (2 \Phi(\mu / \sigma) - 1)`
+    where :math:`A(\mu, \sigma) = 2 \sigma \varphi(\mu / \sigma) + \mu (2 \Phi(\mu / \sigma) - 1)`
     is the mean of :math:`|\mathcal{N}(\mu, \sigma^2)|`.
 
     Arguments:
@@ -80,11 +80,10 @@ def gaussian_crps(mean: Tensor, scale: Tensor, y: Tensor, draws: Bootstrap) -> T
           Mesoscale Forecast Ensemble Verification (Grimit et al., 2006)
         | https://doi.org/10.1256/qj.05.235
     """
-    variance = scale.square()
     pairs = draws.pair_means(
-        lambda m, v, other, w: _absolute_mean(m - other, v + w), mean, variance
+        lambda m, s, other, r: _absolute_mean(m - other, torch.hypot(s, r)), mean, scale
     )
-    return draws.means(_absolute_mean(mean - y, variance)) - pairs / 2
+    return draws.means(_absolute_mean(mean - y, scale)) - pairs / 2
 
 
 def sample_crps(samples: Tensor, y: Tensor, draws: Bootstrap) -> Tensor:
@@ -110,8 +109,7 @@ def sample_crps(samples: Tensor, y: Tensor, draws: Bootstrap) -> Tensor:
     return draws.means((samples - y).abs()) - pairs / 2 * draws.size / (draws.size - 1)
 
 
-def _absolute_mean(mean: Tensor, variance: Tensor) -> Tensor:
-    scale = variance.sqrt()
+def _absolute_mean(mean: Tensor, scale: Tensor) -> Tensor:
     ratio = mean / (math.sqrt(2) * scale)
     return math.sqrt(2 / math.pi) * scale * (-ratio.square()).exp() + mean * ratio.erf()
 

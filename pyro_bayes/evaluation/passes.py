@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pyro_bayes.checks import is_count
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.predictive import Predictive
@@ -192,5 +192,5 @@ def check_type(name: str, value: Any, kind: type) -> None:
 
 def check_whole(name: str, value: Any, *, least: int) -> None:
     """Raises a `ValueError` unless an argument is an integer, and large enough."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+    if not is_count(value, least=least):
         raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")

@@ -2,16 +2,18 @@
 
 Each makes one distribution per example of an output, and never reduces over examples.
 
-| likelihood | target | output |
-|---|---|---|
-| :class:`Gaussian` | real numbers, noise of one scale | the mean |
-| :class:`HeteroscedasticGaussian` | real numbers, noise by input | mean and scale |
-| :class:`StudentT` | real numbers with outliers | the location |
-| :class:`Bernoulli` | 0 or 1 | the logit |
-| :class:`Categorical` | one of several classes | the logits |
-| :class:`Poisson` | counts | the logarithm of the rate |
-| :class:`NegativeBinomial` | counts with overdispersion | the logarithm of the mean |
-| :class:`Density` | whatever a flow gives the density of | the distribution |
+================================  ====================================  =========================
+likelihood                        target                                output
+================================  ====================================  =========================
+:class:`Gaussian`                 real numbers, noise of one scale      the mean
+:class:`HeteroscedasticGaussian`  real numbers, noise by input          mean and scale
+:class:`StudentT`                 real numbers with outliers            the location
+:class:`Bernoulli`                0 or 1                                the logit
+:class:`Categorical`              one of several classes                the logits
+:class:`Poisson`                  counts                                the logarithm of the rate
+:class:`NegativeBinomial`         counts with overdispersion            the logarithm of the mean
+:class:`Density`                  whatever a flow gives the density of  the distribution
+================================  ====================================  =========================
 
 `REGISTRY` has them by name, and :class:`Likelihood` says how to write one.
 """
@@ -39,6 +41,7 @@ REGISTRY: dict[str, type[Likelihood]] = {
         Density,
     )
 }
+"""All likelihoods by the names of their classes."""
 
 __all__ = [
     "REGISTRY",

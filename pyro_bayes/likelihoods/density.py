@@ -28,7 +28,7 @@ class Density(Likelihood):
     The output is a distribution of Zuko, torch or Pyro, with one entry per example, and the target
     has the shape :math:`(B, *)` of its samples. Batch dimensions on the right of the examples' are
     independent elements of one target. A flow computes its density with the network: call
-    :meth:`log_prob` in the same context as the network.
+    :meth:`Likelihood.log_prob` in the same context as the network.
 
     The predictive mixture evaluates the base again whenever it is asked for something, with the
     same draws, which is an error once the model has changed. Its mean and variances are estimated

@@ -83,13 +83,13 @@ class Likelihood(nn.Module, ABC):
             y: The target, of shape :math:`(B, *)`.
 
         Returns:
-            The log-densities or log-probabilities in nats, of shape :math:`(B)`: sums over each
+            The log-densities or log-probabilities in nats, of shape :math:`(B)`, sums over each
             example's own dimensions, in single precision or more.
 
         Raises:
             TypeError: If an argument is not of tensors.
             ValueError: If a shape, a dtype or a value is not what it has to be, as in
-                :meth:`check`.
+                :meth:`Likelihood.check`.
         """
         distribution, y = self._fit(output, y)
         log_prob: Tensor = distribution.log_prob(y)
@@ -232,9 +232,9 @@ class Likelihood(nn.Module, ABC):
     def _set_positive(self, name: str, value: float | Tensor, learn: bool) -> None:
         """Keeps the logarithm of a positive number, or of several, as a parameter or a buffer."""
         if not (is_number(value) or (isinstance(value, Tensor) and value.is_floating_point())):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
-                f"Expected {name} to be a number or a tensor of numbers; got"
-                f" {type(value).__name__}."
+                f"Expected {name} to be a number or a tensor of real numbers; got {kind}."
             )
         if not isinstance(learn, bool):
             raise TypeError(f"Expected learn to be True or False; got {learn!r}.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, distributions
 from torch.distributions import Distribution
 
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.special import betainc
+from pyro_bayes.special import betainc, wide
 
 
 class NegativeBinomial(Likelihood):
@@ -54,11 +55,18 @@ class NegativeBinomial(Likelihood):
 
 
 class _NegativeBinomial(distributions.NegativeBinomial, TorchDistributionMixin):
-    """The negative binomial distribution, with a distribution function."""
+    """The negative binomial distribution, with a distribution function, for large counts too."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        count, logits, y = wide(self.total_count), wide(self.logits), wide(value)
+        ways = (count + y).lgamma() - count.lgamma() - (y + 1).lgamma()
+        log_prob = ways + count * F.logsigmoid(-logits) + y * F.logsigmoid(logits)
+        return log_prob.to(self.logits.dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
+        logits = wide(self.logits)
         below = betainc(
-            self.total_count, value.clamp_min(0).floor() + 1, torch.sigmoid(-self.logits),
-            complement=torch.sigmoid(self.logits),
+            self.total_count, value.clamp_min(0).floor() + 1, torch.sigmoid(-logits),
+            complement=torch.sigmoid(logits),
         )  # fmt: skip
-        return torch.where(value < 0, 0.0, below)
+        return torch.where(value < 0, 0.0, below.to(value.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor, distributions
 from torch.distributions import Distribution
 
 from pyro_bayes.likelihoods.likelihood import Likelihood
+from pyro_bayes.special import wide
 
 
 class Poisson(Likelihood):
@@ -40,8 +41,9 @@ class _LogPoisson(distributions.Poisson, TorchDistributionMixin):
         return _LogPoisson(self.log_rate.expand(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_prob: Tensor = value * self.log_rate - self.rate - (value + 1).lgamma()
-        return log_prob
+        y, log_rate = wide(value), wide(self.log_rate)
+        log_prob = y * log_rate - log_rate.exp() - (y + 1).lgamma()
+        return log_prob.to(self.log_rate.dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
         below = torch.special.gammaincc(value.clamp_min(0).floor() + 1, self.rate)

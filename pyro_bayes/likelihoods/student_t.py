@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributions import Distribution
 
 from pyro_bayes.checks import is_number
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.special import betainc
+from pyro_bayes.special import betainc, wide
 
 
 class StudentT(Likelihood):
@@ -64,12 +65,19 @@ class StudentT(Likelihood):
 
 
 class _StudentT(distributions.StudentT, TorchDistributionMixin):
-    """Student's t distribution, with a distribution function."""
+    """Student's t distribution, with a distribution function, also if it is nearly Gaussian."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        df = wide(self.df)
+        peak = ((df + 1) / 2).lgamma() - (df / 2).lgamma() - (math.pi * df).log() / 2
+        squares = ((value - self.loc) / self.scale).square()
+        decay: Tensor = (self.df + 1) / 2 * (squares / self.df).log1p()
+        return peak.to(self.loc.dtype) - self.scale.log() - decay
 
     def cdf(self, value: Tensor) -> Tensor:
-        squares = ((value - self.loc) / self.scale).square()
+        df, squares = wide(self.df), wide((value - self.loc) / self.scale).square()
         within = betainc(
-            torch.full_like(self.df, 0.5), self.df / 2, squares / (self.df + squares),
-            complement=self.df / (self.df + squares),
+            torch.full_like(df, 0.5), df / 2, squares / (df + squares),
+            complement=df / (df + squares),
         )  # fmt: skip
-        return 0.5 + 0.5 * (value - self.loc).sign() * within
+        return 0.5 + 0.5 * (value - self.loc).sign() * within.to(value.dtype)

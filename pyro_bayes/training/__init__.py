@@ -1,7 +1,7 @@
 r"""Training: a loop that can be cut off anywhere, diagnostics, and other people's trainers.
 
-:func:`fit` is a plain PyTorch loop around :class:`pyro_bayes.ELBO`. The objective is a module whose
-output is a loss, so any trainer does as well.
+:func:`pyro_bayes.fit` is a plain PyTorch loop around :class:`pyro_bayes.ELBO`. The objective is a
+module whose output is a loss, so any trainer does as well.
 
 **Lightning.** The objective is what a `LightningModule` needs::
 

@@ -8,10 +8,22 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
-from pyro_bayes.training import finite
+from pyro_bayes.objective import check_batch
+from pyro_bayes.target import check_labels
+from pyro_bayes.training import finite, processes
 
 
 class Batch(NamedTuple):
@@ -57,15 +69,25 @@ class Batches:
         self.count = len(loader) if _is_sized(loader) else None
         if self.count == 0:
             raise ValueError(self._empty())
+        self._targets: list[tuple[str, Tensor]] = []
         if isinstance(loader, list | tuple):
             for index, batch in enumerate(loader):
-                self._check(batch, index)
-        dataset = getattr(loader, "dataset", None)
-        _check_values(dataset, name)
-        if num_data is not None and _is_sized(dataset) and len(dataset) != num_data:
+                y = self._check(batch, index).y
+                self._targets.append((f"y of batch {index} of {name}", y))
+        dataset, rows = getattr(loader, "dataset", None), _rows(loader)
+        tensors = [] if rows is None else _tensors(dataset, rows)
+        for number, values in enumerate(tensors):
+            check_finite(values, f"tensor {number} of {name}'s dataset")
+        if len(tensors) == 2 and getattr(loader, "collate_fn", None) is default_collate:
+            self._targets.append((f"y of {name}'s dataset", tensors[1]))
+        size = None
+        if rows is not None and _is_sized(dataset):
+            size = len(dataset) if isinstance(rows, slice) else len(rows)
+        share = processes.count() > 1 and size is not None and size < (num_data or 0)
+        if num_data is not None and size not in (None, num_data) and not share:
             warnings.warn(
                 f"Expected num_data to be the number of examples of the training set; got"
-                f" {num_data}, and a dataset of {len(dataset)}. The divergence is weighed as if"
+                f" {num_data}, and a dataset of {size}. The divergence is weighed as if"
                 f" there were {num_data}.",
                 UserWarning,
                 stacklevel=3,
@@ -86,6 +108,15 @@ class Batches:
         for owner in (self.loader, getattr(self.loader, "sampler", None), batches):
             getattr(owner, "set_epoch", _nothing)(epoch)
 
+    def check_labels(self, distribution: Distribution) -> None:
+        """Raises a `ValueError` unless labels and counts that are in memory are such.
+
+        Arguments:
+            distribution: A likelihood's distribution of some of the targets.
+        """
+        for name, y in self._targets:
+            check_labels(name, y, distribution)
+
     def _check(self, batch: Any, index: int) -> Batch:
         where = f"batch {index} of {self._name}"
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
@@ -105,6 +136,8 @@ class Batches:
         for part, value in (("x", x), ("y", y)):
             for leaf in tree_flatten(value)[0]:
                 check_finite(leaf, f"{part} of {where}")
+        if self._num_data is not None:
+            check_batch(len(y), self._num_data)
         return Batch(tuple(x) if type(x) is list else x, y)
 
     def _empty(self) -> str:
@@ -136,16 +169,25 @@ def check_finite(value: Any, name: str) -> None:
         )
 
 
-def _check_values(dataset: Any, name: str) -> None:
-    """Checks what a dataset is known to hold in memory."""
-    indices: Any = slice(None)
+def _rows(loader: Any) -> slice | Tensor | None:
+    """Returns which examples of its dataset a loader may take, `None` if that is not known."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    while type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return torch.as_tensor(sampler.indices)
+    everything = SequentialSampler, RandomSampler, DistributedSampler
+    return slice(None) if isinstance(sampler, everything) else None
+
+
+def _tensors(dataset: Any, rows: slice | Tensor) -> list[Tensor]:
+    """Returns what a dataset is known to hold in memory."""
     while isinstance(dataset, Subset):
-        nested = torch.as_tensor(dataset.indices)
-        indices = nested if isinstance(indices, slice) else nested[indices]
+        rows = torch.as_tensor(dataset.indices)[rows]
         dataset = dataset.dataset
-    if isinstance(dataset, TensorDataset):
-        for number, values in enumerate(dataset.tensors):
-            check_finite(values[indices], f"tensor {number} of {name}'s dataset")
+    held = dataset.tensors if isinstance(dataset, TensorDataset) else ()
+    return [values[rows] for values in held]
 
 
 def _is_sized(loader: Any) -> TypeGuard[Sized]:

@@ -14,6 +14,11 @@ from torch.optim import Optimizer
 from pyro_bayes.objective import ELBO
 
 FORMAT = "pyro_bayes checkpoint, version 1"
+PARTS = (
+    *("identity", "objective", "optimizer", "scheduler"),
+    *("history", "best", "stopped", "randomness"),
+)
+"""What a checkpoint consists of."""
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -97,7 +102,7 @@ def load(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # any byte may be wrong, so anything may be raised
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else repr(error)
         raise ValueError(
             f"Expected '{path}' to be a whole checkpoint; got a corrupt file ({reason}). Delete it"
             " to start anew, or restore an older copy."
@@ -108,6 +113,9 @@ def load(path: Path) -> dict[str, Any]:
             f"Expected '{path}' to be a checkpoint of fit() ({FORMAT}); got a file of the format"
             f" {found!r}."
         )
+    missing = [part for part in PARTS if part not in content]
+    if missing:
+        raise ValueError(f"Expected '{path}' to be a whole checkpoint; got one without {missing}.")
     return content
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.checks import is_count
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.objective import ELBO
 from pyro_bayes.swap import undisturbed
 from pyro_bayes.training.batches import Batches
 
 _NEAR = 0.02  # of log σ²: a change of σ by 1 %
+_QUICK = -5.0  # the log σ² to start from where the default of -9 takes too long
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
         >>> print(diagnosis)  # doctest: +ELLIPSIS
         parameter ...
     """
-    if isinstance(num_gradients, bool) or not isinstance(num_gradients, int) or num_gradients < 2:
+    if not is_count(num_gradients, least=2):
         raise ValueError(
             f"Expected num_gradients to be an integer of at least 2; got {num_gradients!r}."
         )
@@ -127,8 +129,8 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     moments = {name: _Moments(p) for name, p in trained.items()}
     with undisturbed(objective), torch.enable_grad():
-        endless = (batch for _ in range(num_gradients) for batch in batches)
-        for batch in islice(endless, num_gradients):
+        endless = (batch for _ in range(int(num_gradients)) for batch in batches)
+        for batch in islice(endless, int(num_gradients)):
             loss = objective(*batch)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             for moment, parameter, gradient in zip(
@@ -206,11 +208,12 @@ def _unmoved(model: BayesianModel, name: str) -> float:
 def _still(share: float, model: BayesianModel) -> str | None:
     if share <= 0.5:
         return None
+    low = model._init_logvar < _QUICK
+    nearer = f", or start nearer, as BayesianModel(net, init_logvar={_QUICK})" if low else ""
     return (
         f"{share:.0%} of the posterior's deviations are within 1 % of their initial value,"
         f" init_logvar={model._init_logvar:g}, so that the uncertainty is not learned. Train for"
-        " longer or with a higher learning rate, or start nearer, as"
-        " BayesianModel(net, init_logvar=-5.0)."
+        f" longer or with a higher learning rate{nearer}."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_bayes.checks import is_count
 from pyro_bayes.objective import ELBO
 from pyro_bayes.training import processes
 from pyro_bayes.training.batches import Batches
@@ -46,7 +46,10 @@ def fit(
               + \frac{w}{N} D_{KL}(q(\theta) \,\|\, p(\theta)), \qquad \theta \sim q(\theta)
 
     and the schedules of the learning rate and of :math:`w` go one step on. What cannot train is
-    refused before the first step. A step whose loss or gradient is not finite is not taken.
+    refused before the first step: that goes for all data that are in memory, in a list of batches
+    or a `TensorDataset`, and for the first batches of others. What is wrong with later ones is
+    found when they come, and the steps before stay. A step whose loss or gradient is not finite is
+    not taken.
 
     **Checkpoints.** With `checkpoint`, all that training depends on is written at ends of epochs:
     parameters, buffers, the optimiser, both schedules, the history, and the states of the random
@@ -80,8 +83,9 @@ def fit(
             each time.
         patience: After how many epochs in a row without a lower validation loss to stop. If given,
             the objective has the state of the best epoch in the end.
-        callbacks: Functions of a :class:`State`, called after each epoch. What returns `True` stops
-            the training.
+        callbacks: Functions of a :class:`~pyro_bayes.training.State`, called after each epoch. What
+            returns `True` stops the training, for good: the checkpoint knows, and does not
+            continue.
         checkpoint: The file to write checkpoints to.
         checkpoint_every: After how many epochs to write one, beside the last.
         resume: Whether to continue from the checkpoint if there is one. Otherwise, a file that
@@ -195,13 +199,14 @@ def _check(objective: Any, optimizer: Any, scheduler: Any) -> None:
 def _check_options(
     epochs: Any, validation: Any, patience: Any, callbacks: Any, every: Any, precision: Any
 ) -> None:
-    def whole(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
     for passed, expected, got in (
-        (whole(epochs), "epochs to be an integer of at least 1", epochs),
-        (patience is None or whole(patience), "patience to be an integer of at least 1", patience),
-        (whole(every), "checkpoint_every to be an integer of at least 1", every),
+        (is_count(epochs), "epochs to be an integer of at least 1", epochs),
+        (
+            patience is None or is_count(patience),
+            "patience to be an integer of at least 1",
+            patience,
+        ),
+        (is_count(every), "checkpoint_every to be an integer of at least 1", every),
         (
             patience is None or validation is not None,
             "validation, whose loss patience watches",

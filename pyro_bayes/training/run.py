@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.objective import ELBO
 from pyro_bayes.training import checkpoint, finite, processes, randomness
 from pyro_bayes.training.batches import Batch, Batches
@@ -86,6 +90,7 @@ class Run:
         self._loaders = [b.loader for b in (batches, held_out) if b is not None]
         self._best: dict[str, Tensor] | None = None
         self._stopped = False
+        self._unchecked = True
 
     def start(self) -> None:
         """Continues from the checkpoint if there is one, or else sees that one can be written."""
@@ -107,6 +112,7 @@ class Run:
             checkpoint.check_identity(self._file, saved["identity"], self._identity)
             self._restore(saved)
         finite.check_parameters(self._objective, "before the first step")
+        self._rehearse()
         self._module = processes.together(_Loss(self._objective))
         if not there:
             self._save(checkpoint.rehearse)
@@ -170,8 +176,9 @@ class Run:
         kept = [(m, key, b, b.clone()) for m in self._buffered for key, b in _buffers(m)]
         try:
             self._optimizer.zero_grad()
-            with self._cast():
+            with self._cast(), self._looking() as distributions:
                 loss, nll, kl = self._module(*batch)
+            self._check_labels(distributions)
             loss.backward()
             numbers = float(loss.detach()), float(nll.detach()), float(kl.detach())
             gradients = [p.grad for _, p in self._trained if p.grad is not None]
@@ -192,7 +199,13 @@ class Run:
         self._objective.step()
         return numbers
 
-    def _validation(self) -> float | None:
+    def _rehearse(self) -> None:
+        """Sees that validation will work, by its first batch, and draws no random numbers."""
+        state = randomness.state(self._device, self._loaders)
+        self._validation(count=1)
+        randomness.restore(state, self._device, self._loaders)
+
+    def _validation(self, count: int | None = None) -> float | None:
         """Returns the mean negative log-likelihood of a validation example over all processes."""
         if self._held_out is None:
             return None
@@ -201,7 +214,7 @@ class Run:
         nll = examples = 0.0
         try:
             with torch.no_grad(), randomness.apart(_SEED, self._device), self._cast():
-                for x, y in self._held_out:
+                for x, y in islice(self._held_out, count):
                     nll += float(self._objective.terms(x, y).nll) * len(y)
                     examples += len(y)
         finally:
@@ -246,6 +259,17 @@ class Run:
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _looking(self) -> AbstractContextManager[list[Distribution]]:
+        likelihood = self._objective.likelihood
+        return _noted(likelihood) if self._unchecked else nullcontext([])
+
+    def _check_labels(self, distributions: Sequence[Distribution]) -> None:
+        """Checks, before the first step, the targets that later ones will meet."""
+        for batches in (self._batches, self._held_out) if distributions else ():
+            if batches is not None:
+                batches.check_labels(distributions[0])
+        self._unchecked = False
 
     def _check_shared(self, gradients: int) -> None:
         # The wrapper has not averaged what it still waits for.
@@ -312,6 +336,23 @@ class _Sums(NamedTuple):
     def shown(self) -> str:
         nll, kl = self.nll / self.examples, self.kl / self.steps
         return f"ELBO {-nll - kl:.4g}, NLL {nll:.4g}, KL {kl:.4g}"
+
+
+@contextmanager
+def _noted(likelihood: Likelihood) -> Iterator[list[Distribution]]:
+    """Notes the distributions that a likelihood makes while the context is open."""
+    found: list[Distribution] = []
+    make = likelihood.distribution
+
+    def distribution(*args: Any, **kwargs: Any) -> Distribution:
+        found.append(make(*args, **kwargs))
+        return found[-1]
+
+    vars(likelihood)["distribution"] = distribution
+    try:
+        yield found
+    finally:
+        del vars(likelihood)["distribution"]
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

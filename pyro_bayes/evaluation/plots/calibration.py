@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyro_bayes.checks import is_count
 from pyro_bayes.evaluation.plots.canvas import COLORS, GREY, begin, finish, vectors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_ROUNDING = 1e-5  # by which a mean of probabilities in single precision may be above 1
 
 
 def reliability(
@@ -53,8 +56,9 @@ def reliability(
         'confidence'
     """
     ax, index = begin(ax, size=(4.2, 4.2))
+    _check_bins(bins)
     confidence, correct = vectors(confidence=confidence, correct=correct)
-    _check_probabilities("confidence", confidence)
+    confidence = _probabilities("confidence", confidence)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
     places = torch.bucketize(confidence, edges[1:-1], right=True)
     counts = places.bincount(minlength=bins)
@@ -109,7 +113,7 @@ def pit_histogram(
 
     Raises:
         ImportError: If the extra `plot` is not installed.
-        ValueError: If the values are not between 0 and 1.
+        ValueError: If the values are not between 0 and 1, or `bins` is not a positive integer.
 
     References:
         | Probabilistic Forecasts, Calibration and Sharpness (Gneiting et al., 2007)
@@ -120,8 +124,9 @@ def pit_histogram(
         'density'
     """
     ax, index = begin(ax)
+    _check_bins(bins)
     (values,) = vectors(pit=pit.flatten())
-    _check_probabilities("pit", values)
+    values = _probabilities("pit", values)
     count = len(values)
     if index == 0:
         chance = 1.96 * ((bins - 1) / count) ** 0.5
@@ -149,9 +154,15 @@ def _wilson(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(centre - reach, shares), torch.maximum(centre + reach, shares)
 
 
-def _check_probabilities(name: str, values: Tensor) -> None:
-    if values.min() < 0 or values.max() > 1:
+def _check_bins(bins: int) -> None:
+    if not is_count(bins):
+        raise ValueError(f"Expected bins to be an integer of at least 1; got {bins!r}.")
+
+
+def _probabilities(name: str, values: Tensor) -> Tensor:
+    if values.min() < -_ROUNDING or values.max() > 1 + _ROUNDING:
         raise ValueError(
             f"Expected {name} to be between 0 and 1; got values from {values.min().item():g} to"
             f" {values.max().item():g}."
         )
+    return values.clamp(0, 1)

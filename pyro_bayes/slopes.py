@@ -1,0 +1,94 @@
+"""The gradients of draws and divergences of several parameters, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_bayes.flat import blocks, gather, room, scatter, transformed
+
+Kind = Literal["draws", "deviations", "variances"]
+
+
+def slopes(
+    parameters: Sequence[Tensor],
+    slices: Sequence[slice],
+    factors: Sequence[tuple[Tensor, Tensor] | None],
+    kind: Kind = "draws",
+    of_outputs: Sequence[Tensor | None] = (),
+    spreads: Sequence[Tensor] = (),
+    known: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor | None]:
+    r"""The gradients of all μ and then all log σ², from those of divergences and of outputs.
+
+    That of :math:`\frac{a}{2} (\mu^2 + \sigma^2) + b \log \sigma^2`, with a divergence's factors a
+    and b, one pair for each part, and that of outputs of which each spread is the deviation from
+    the mean, or the variance. The parameters may be known side by side.
+    """
+    count = len(parameters) // 2
+    means, logvars = parameters[:count], parameters[count:]
+    weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
+    of_outputs = [g.to_dense() if g is not None and g.is_sparse else g for g in of_outputs]
+    if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
+        inputs = factors, kind == "draws", weight, of_outputs, spreads
+        return _by_formula(means, logvars, slices, *inputs)
+    of_means: list[Tensor | None] = []
+    of_logvars: list[Tensor | None] = []
+    memory = room(means, slices, 2)
+    for i, part in enumerate(slices):
+        mean, logvar = known or (gather(means[part]), gather(logvars[part]))
+        of_mean, of_logvar = next(memory)
+        flat = [mean, logvar, of_mean, of_logvar]
+        if spreads:
+            pairs = zip(of_outputs[part], means[part], strict=True)
+            grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
+            flat += gather(grads), spreads[i]
+        factor = factors[i]
+        for m, v, of_m, of_v, *given in blocks(*flat):
+            if factor is None:
+                torch.mul(*given, out=of_v).mul_(weight)
+                of_m.copy_(given[0])
+                continue
+            by, less = factor
+            torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
+            if given:
+                of_v.addcmul_(*given, value=weight)
+            if given and kind == "draws":
+                torch.addcmul(given[0], m, by, out=of_m)
+            else:
+                torch.mul(m, by, out=of_m)
+        of_means += scatter(of_mean, means[part])
+        of_logvars += scatter(of_logvar, means[part])
+    return of_means + of_logvars
+
+
+def _by_formula(
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    slices: Sequence[slice],
+    factors: Sequence[tuple[Tensor, Tensor] | None],
+    of_draws: bool,
+    weight: float,
+    of_outputs: Sequence[Tensor | None],
+    spreads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """What :func:`slopes` returns, differentiable."""
+    of_means: list[Any] = [torch.zeros_like(mean) for mean in means]
+    of_logvars: list[Any] = [torch.zeros_like(logvar) for logvar in logvars]
+    for i, part in enumerate(slices):
+        factor = factors[i]
+        spread = scatter(spreads[i], means[part]) if spreads else ()
+        for k in range(*part.indices(len(means))):
+            mean, logvar = means[k], logvars[k]
+            if factor is not None:
+                of_means[k] = of_means[k] + factor[0] * mean
+                of_logvars[k] = 0.5 * factor[0] * logvar.exp() + factor[1]
+            grad = of_outputs[k] if spreads else None
+            if grad is not None:
+                varied = spread[k - part.start] * (weight * (logvar - logvar.detach())).exp()
+                of_means[k] = of_means[k] + grad if of_draws else of_means[k]
+                of_logvars[k] = of_logvars[k] + weight * grad * varied
+    return of_means + of_logvars
