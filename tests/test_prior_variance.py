@@ -311,6 +311,14 @@ def test_other_dtypes(net, dtype):
     assert bnn.prior()["0.weight"].dtype == dtype
 
 
+def test_small_variances_in_half_precision():
+    bnn = BayesianModel(nn.Linear(3, 2), init_logvar=-20.0, prior_var="empirical").half()
+    with torch.no_grad():
+        for mean, _ in bnn.guide.posterior().values():
+            mean.zero_()
+    assert bnn.kl_divergence().item() == pytest.approx(0, abs=1e-3)
+
+
 def make_double(bnn):
     return copy.deepcopy(bnn).double()
 
