@@ -194,3 +194,15 @@ def test_uci_scores_are_in_original_units(uci, prior):
     assert scores[0].elbo - scores[1].elbo == pytest.approx(np.log(10), rel=1e-2)
     assert (scores[0].rmse < 1.5).all()  # of 3
     assert (scores[0].log_likelihood > -1.8).all()
+
+
+def test_readme_repeats_the_uci_table():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = re.findall(r"\| `(\w+)` \| [^|]*, -?[\d.]+ \| ([+-][\d.]+) \| [\d.]+ \| (\S+) \|", text)
+    assert len(rows) == 7
+    missed = {name: gap for name, gap, verdict in rows if verdict == "**below**"}
+    assert missed == {"boston": "-0.12", "wine": "-0.03"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "on five, and fall short of it on `boston` (by 0.12 nats) and `wine` (by 0.03)" in readme
+    assert "five minutes of one core" in readme
+    assert "5 minutes of one core" in text
