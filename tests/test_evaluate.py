@@ -300,13 +300,23 @@ def test_batches_are_as_one(name):
     case, x = CASES[name], torch.randn(12, 3, dtype=torch.double)
     bnn, y = BayesianModel(Base(case), init_logvar=-3.0), case.y(12)
     one, several = (
-        evaluate(bnn, case.make(), loader(x, y, size=size), 30, ood=[x], generator=seeded())
+        evaluate(bnn, case.make(), loader(x, y, size=size), 30, ood=[3 * x], generator=seeded())
         for size in (12, 5)
     )
     for a, b in zip(one.rows, several.rows, strict=True):
         if name != "Poisson" or a.metric not in ("crps", "pit_deviation"):  # these are random
             assert a.value == pytest.approx(b.value, abs=1e-6)
             assert a.monte_carlo_error == pytest.approx(b.monte_carlo_error, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 7, 23])
+def test_noise_of_one_scale_knows_nothing_of_other_data(gaussian, size):
+    """All its variances are the same, whatever the batch, and ties are no order."""
+    bnn, likelihood, x, y = gaussian
+    found = evaluate(bnn, likelihood, loader(x, y, size=size), 30, ood=[3 * x, x[:5]])
+    (row,) = (row for row in found.rows if row.metric == "auroc_aleatoric")
+    assert (row.value, row.monte_carlo_error, row.standard_error) == (0.5, 0, 0)
+    assert (found.examples["aleatoric"] == found.ood["aleatoric"][0]).all()
 
 
 def test_seeds(gaussian):

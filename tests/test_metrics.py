@@ -194,6 +194,12 @@ def test_bootstrap_views_are_of_the_elements_that_they_draw():
         return (a * d - b * c).abs()
 
     close(views.weights(x).sum(1), torch.ones(6))
+    same = torch.tensor(0.1).expand(12, 37)
+    assert torch.equal(views.means(same), same[:6])
+    far = 1e6 + x.float()
+    torch.testing.assert_close(
+        views.means(far) - 1e6, views.means((far - 1e6).double()).float(), rtol=0, atol=0.07
+    )
     pairs = views.pair_means(kernel, x, x.exp())
     for view in range(6):
         drawn = x[views.indices(view)]

@@ -64,8 +64,9 @@ class Bootstrap:
         Returns:
             The means, of shape :math:`(1 + R, *)`.
         """
-        means: Tensor = torch.tensordot(self.weights(x), x, 1)
-        return means
+        # Relative to the first element: what does not vary is returned without rounding.
+        moves: Tensor = torch.tensordot(self.weights(x), x - x[0], 1)
+        return x[0] + moves
 
     def log_means(self, x: Tensor) -> Tensor:
         """Computes the logarithm of the mean exponential of each view.
