@@ -231,7 +231,8 @@ class _Outputs(torch.autograd.Function):
             epsilon = spread if noise is None else torch.empty_like(mean)
             for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
                 if kind == "variances":
-                    variance = torch.exp(v, out=s).sum() if counts else None
+                    torch.exp(v, out=s)
+                    variance = s.sum() if counts else None
                 else:
                     e.normal_()
                     scale = torch.mul(v, 0.5).exp_()

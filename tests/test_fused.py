@@ -72,6 +72,23 @@ def test_draws_are_the_same_with_and_without_a_graph(posterior):
         torch.testing.assert_close(fused.draws(posterior), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+def test_outputs_are_the_same_if_nothing_trains(posterior, kind, monkeypatch):
+    def filled(*args):  # as memory that was in use before
+        return iter([[memory.fill_(math.nan) for memory in row] for row in room(*args)])
+
+    room = fused.room
+    monkeypatch.setattr(fused, "room", filled)
+    torch.manual_seed(1)
+    expected, _ = fused.outputs_and_anchor(kind, posterior)
+    frozen = {name: (mean.detach(), logvar.detach()) for name, (mean, logvar) in posterior.items()}
+    torch.manual_seed(1)
+    found, _ = fused.outputs_and_anchor(kind, frozen)
+    assert list(found) == list(posterior)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name])
+
+
 def test_deviations_and_variances_are_those_of_draws(posterior):
     torch.manual_seed(1)
     draws = fused.draws(posterior)
