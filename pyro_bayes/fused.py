@@ -241,7 +241,8 @@ class _Outputs(torch.autograd.Function):
                         torch.add(m, s, out=o)
                     variance = torch.dot(scale, scale) if counts else None
                 if variance is not None:  # while the block is at hand
-                    squares, largest = float(torch.dot(m, m)), float(v.amax())
+                    squares = float(torch.dot(m, m))
+                    largest = float(v.amax()) if len(v) else -math.inf
                     moments.append((len(v), squares, float(variance), float(v.sum()), largest))
             outputs += scatter(output, means[part])
             spreads.append(spread)

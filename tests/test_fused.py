@@ -174,6 +174,21 @@ def test_divergence_after_draws_is_that_of_the_formula(kind, shift, monkeypatch)
     assert found.item() == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+@pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 0, 1)])
+def test_empty_parameters(kind, blocks, block):
+    sizes = [(block + 1) * count for count in blocks]
+    posterior = {
+        str(i): (torch.ones(size), torch.full((size,), -9.0).requires_grad_())
+        for i, size in enumerate(sizes)
+    }
+    outputs, anchor = fused.outputs_and_anchor(kind, posterior)
+    assert [len(output) for output in outputs.values()] == sizes
+    expected = sum(sizes) * (math.exp(-9) + 9) / 2
+    for found in (fused.kl_divergence(posterior, 1.0, a) for a in (anchor, None)):
+        assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_derivatives_of_first_and_second_order(posterior):
     def draws(*values):
         return noisy(posterior, values)
