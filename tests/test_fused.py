@@ -175,6 +175,16 @@ def test_divergence_after_draws_is_that_of_the_formula(kind, shift, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", get_args(fused.Kind))
+@pytest.mark.parametrize("shift", [-8.1, -4.1, -3.9, -2.7, -0.6])
+def test_divergence_after_draws_of_one_variance(kind, shift):
+    mean, logvar = torch.zeros(flat.BLOCK), torch.full((flat.BLOCK,), math.log(0.1) + shift)
+    posterior = {"w": (mean, logvar.requires_grad_())}  # whose rounding errors all add up
+    expected = gaussian.kl_divergence(mean.double(), logvar.double(), 0.1).item()
+    _, anchor = fused.outputs_and_anchor(kind, posterior)
+    assert fused.kl_divergence(posterior, 0.1, anchor).item() == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
 @pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 0, 1)])
 def test_empty_parameters(kind, blocks, block):
     sizes = [(block + 1) * count for count in blocks]
