@@ -8,8 +8,10 @@ from typing import get_args
 
 import pytest
 import torch
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyro_bayes import BayesianModel, flat, fused, gaussian
 from pyro_bayes.gaussian_tensor import change_of, drawn, variance_of
@@ -387,6 +389,39 @@ def test_a_model_forgets_its_draws():
     a = torch.cat([p.detach().view(-1) for p in bnn.guide.logvars.parameters()]).double()
     expected = 0.5 * (a.expm1() - a).sum().item()
     assert bnn.kl_divergence().item() == pytest.approx(expected, rel=1e-6)
+    with bnn.reparameterize() as model:
+        model(x)
+    bnn.half().float()  # other values, maybe in the same memory
+    assert bnn._latest.take(bnn._swap.originals) is None
+
+
+CHANGES = {
+    "fused step": lambda bnn: torch.optim.Adam(bnn.parameters(), 0.1, fused=True).step(),
+    "step on .data": lambda bnn: ClippedAdam(bnn.parameters(), 0.1).step(),
+    "other .data": lambda bnn: vector_to_parameters(
+        parameters_to_vector(bnn.parameters()) - 1, bnn.parameters()
+    ),
+    "to half and back": lambda bnn: bnn.half().float(),
+}
+
+
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_divergence_after_changes_that_torch_does_not_count(local_trick, change):
+    bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-8.123), torch.randn(5, 3)
+    with bnn.reparameterize(local_trick) as model:
+        loss = model(x).square().sum()
+    if "step" in change:
+        loss.backward()
+    versions = bnn._versions()
+    CHANGES[change](bnn)
+    assert bnn._versions() == versions
+    bnn.zero_grad()
+    found = bnn.kl_divergence()
+    expected = fused.kl_divergence(bnn.guide.posterior(), 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(kl, bnn.parameters()) for kl in (found, expected))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_divergence_after_draws_goes_elsewhere():
