@@ -329,7 +329,7 @@ def _divergence_by_moments(moments: _Moments, prior_var: float) -> float | None:
     """The divergence, if moments give it to as many digits as the elements do."""
     shift, total = math.log(prior_var), 0.0
     for size, squares, variances, logvars, largest in tuple(moments):
-        # Single precision loses up to 1e-4 of a sum of squares. What matters is its part of the sum.
+        # Single precision loses up to 1e-4 of a sum of squares. It must be small beside the rest.
         if not largest - shift < -4:
             return None
         total += (squares + variances) / prior_var - size - (logvars - size * shift)
