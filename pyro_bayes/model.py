@@ -381,3 +381,7 @@ class BayesianModel(LiftedModule):
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_var, uses)
+
+    def _replaced(self) -> None:
+        self._latest.put(None, {})  # conversions leave no trace
+        super()._replaced()
