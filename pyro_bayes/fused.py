@@ -248,7 +248,9 @@ class _Outputs(torch.autograd.Function):
             spreads.append(spread)
             if noise is not None:
                 noise += scatter(epsilon, means[part])
-        ctx.flat = (mean, logvar) if count > 1 and len(slices) == 1 else None
+        # Elsewhere, all parameters are one part, of which a copy would be large.
+        small = count > 1 and len(slices) == 1 and means[0].device.type == "cpu"
+        ctx.flat = (mean, logvar) if small else None
         ctx.kind, ctx.moments = kind, moments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
