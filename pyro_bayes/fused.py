@@ -105,7 +105,7 @@ class Anchor:
         return pairs == set(map(id, self._parameters)) and self._look() == self._state
 
     def _look(self) -> list[Any]:
-        kinds = [(p.dtype, p.requires_grad) for p in self._parameters]
+        kinds = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
         return [*_versions(self._parameters), *kinds]
 
 
@@ -231,7 +231,8 @@ class _Outputs(torch.autograd.Function):
             epsilon = spread if noise is None else torch.empty_like(mean)
             for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
                 if kind == "variances":
-                    variance = torch.exp(v, out=s).sum() if counts else None
+                    torch.exp(v, out=s)
+                    variance = s.sum() if counts else None
                 else:
                     e.normal_()
                     scale = torch.mul(v, 0.5).exp_()
@@ -240,14 +241,17 @@ class _Outputs(torch.autograd.Function):
                         torch.add(m, s, out=o)
                     variance = torch.dot(scale, scale) if counts else None
                 if variance is not None:  # while the block is at hand
-                    squares, largest = float(torch.dot(m, m)), float(v.amax())
+                    squares = float(torch.dot(m, m))
+                    largest = float(v.amax()) if len(v) else -math.inf
                     moments.append((len(v), squares, float(variance), float(v.sum()), largest))
             outputs += scatter(output, means[part])
             spreads.append(spread)
             if noise is not None:
                 noise += scatter(epsilon, means[part])
-        ctx.flat = (mean, logvar) if count > 1 and len(slices) == 1 else None
-        ctx.kind = kind
+        # Elsewhere, all parameters are one part, of which a copy would be large.
+        small = count > 1 and len(slices) == 1 and means[0].device.type == "cpu"
+        ctx.flat = (mean, logvar) if small else None
+        ctx.kind, ctx.moments = kind, moments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
@@ -262,6 +266,9 @@ class _Outputs(torch.autograd.Function):
                 "Expected the posterior's parameters to be those that the weights were drawn with;"
                 " got others, changed in place. Call backward() before optimizer.step()."
             )
+        # Some optimisers change parameters without a trace, and steps come after this.
+        known, ctx.flat = ctx.flat, None
+        ctx.moments.clear()
         slices = parts(ctx.parameters[: len(of_outputs)])
         spreads: Sequence[Tensor] = ()
         if any(grad is not None for grad in of_outputs):
@@ -271,7 +278,7 @@ class _Outputs(torch.autograd.Function):
         if not spreads and by is None:
             return (None,) * len(ctx.needs_input_grad)
         factors = [None if by is None else (by, less)] * len(slices)
-        found = slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads, ctx.flat)
+        found = slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads, known)
         # What no output depends on that was used gets none, as if each had a node of its own.
         unused = [by is None and grad is None for grad in of_outputs]
         alone = [by is None and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
@@ -323,8 +330,9 @@ class _Anchored(torch.autograd.Function):
 def _divergence_by_moments(moments: _Moments, prior_var: float) -> float | None:
     """The divergence, if moments give it to as many digits as the elements do."""
     shift, total = math.log(prior_var), 0.0
-    for size, squares, variances, logvars, largest in moments:
-        if not largest - shift < -0.5:  # the terms of elements close to the prior would cancel
+    for size, squares, variances, logvars, largest in tuple(moments):
+        # Single precision loses up to 1e-4 of a sum of squares. It must be small beside the rest.
+        if not largest - shift < -4:
             return None
         total += (squares + variances) / prior_var - size - (logvars - size * shift)
     return 0.5 * total if moments else None

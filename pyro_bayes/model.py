@@ -388,3 +388,7 @@ class BayesianModel(LiftedModule):
                 with self._hold(values) as base:
                     call(base)
         return summarize(self, self._prior_variances, uses)
+
+    def _replaced(self) -> None:
+        self._latest.put(None, {})  # conversions leave no trace
+        super()._replaced()

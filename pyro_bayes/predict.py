@@ -87,7 +87,7 @@ def predict(
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
     with model._lock(), torch.no_grad(), bar:
-        run = _Run(model, _Draws(model, num_samples, seed), tally, chunk_size)
+        run = _Run(model, _Draws(model, num_samples, seed, again=call is None), tally, chunk_size)
         run.bar = bar if progress else None
         results = run(call) if call else joined(list(map(run, batches(x, function))))
     fields = {key: run.rebuild([r[key] for r in results]) for key in results[0]}
@@ -244,10 +244,10 @@ def _where(error: BaseException, base: nn.Module) -> str:
 class _Draws:
     """Draws of the weights, the same whenever one begins with the first, and in any chunks.
 
-    Chunks use the same memory, unless all draws are few enough to be kept.
+    Chunks use the same memory, unless all draws are wanted again and few enough to be kept.
     """
 
-    def __init__(self, model: TiedModule, total: int, seed: int) -> None:
+    def __init__(self, model: TiedModule, total: int, seed: int, again: bool) -> None:
         posterior = model._guide.posterior()
         self.total, self._seed = total, seed
         self._shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
@@ -259,10 +259,16 @@ class _Draws:
             means = torch.cat([posterior[name][0].reshape(-1) for name in names])
             logvars = torch.cat([posterior[name][1].reshape(-1) for name in names])
             self._groups.append((names, means, logvars.mul_(0.5).exp_()))
-        self._buffers = [means.new_empty(0, 0) for _, means, _ in self._groups]
         self._generators = [torch.Generator(means.device) for _, means, _ in self._groups]
         self.size = sum(len(means) for _, means, _ in self._groups)
-        self._keeps = total * self.size <= _KEPT
+        # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
+        self._widths = [-(-len(means) // 16) * 16 for _, means, _ in self._groups]
+        # What is kept is of one piece: many small ones would scatter what is not kept.
+        self._keeps = again and total * sum(self._widths) <= _KEPT
+        self._buffers = [
+            means.new_empty(total if self._keeps else 0, width)
+            for (_, means, _), width in zip(self._groups, self._widths, strict=True)
+        ]
         self._kept: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, start: int, count: int) -> dict[str, Tensor]:
@@ -272,12 +278,11 @@ class _Draws:
         if start == 0:
             for i, generator in enumerate(self._generators):
                 generator.manual_seed(self._seed - i)
-        draws = {}
+        draws, place = {}, start if self._keeps else 0
         for i, (names, means, scales) in enumerate(self._groups):
-            if self._keeps or len(self._buffers[i]) < count:
-                # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
-                self._buffers[i] = means.new_empty(count, -(-len(means) // 16) * 16)
-            rows = self._buffers[i][:count]
+            if len(self._buffers[i]) < place + count:
+                self._buffers[i] = means.new_empty(count, self._widths[i])
+            rows = self._buffers[i][place : place + count]
             for part in [rows] if means.device.type == "cpu" else rows.unbind():
                 part.normal_(generator=self._generators[i])
             buffer = rows[:, : len(means)]

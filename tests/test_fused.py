@@ -8,8 +8,10 @@ from typing import get_args
 
 import pytest
 import torch
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyro_bayes import BayesianModel, flat, fused, gaussian
 from pyro_bayes.gaussian_tensor import change_of, drawn, variance_of
@@ -70,6 +72,23 @@ def test_draws_are_the_same_with_and_without_a_graph(posterior):
     with torch.no_grad():
         torch.manual_seed(1)
         torch.testing.assert_close(fused.draws(posterior), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+def test_outputs_are_the_same_if_nothing_trains(posterior, kind, monkeypatch):
+    def filled(*args):  # as memory that was in use before
+        return iter([[memory.fill_(math.nan) for memory in row] for row in room(*args)])
+
+    room = fused.room
+    monkeypatch.setattr(fused, "room", filled)
+    torch.manual_seed(1)
+    expected, _ = fused.outputs_and_anchor(kind, posterior)
+    frozen = {name: (mean.detach(), logvar.detach()) for name, (mean, logvar) in posterior.items()}
+    torch.manual_seed(1)
+    found, _ = fused.outputs_and_anchor(kind, frozen)
+    assert list(found) == list(posterior)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name])
 
 
 def test_deviations_and_variances_are_those_of_draws(posterior):
@@ -155,6 +174,31 @@ def test_divergence_after_draws_is_that_of_the_formula(kind, shift, monkeypatch)
         monkeypatch.setattr(fused, "_divergences", None)
     found = fused.kl_divergence(posterior, 0.3, anchor)
     assert found.item() == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+@pytest.mark.parametrize("shift", [-8.1, -4.1, -3.9, -2.7, -0.6])
+def test_divergence_after_draws_of_one_variance(kind, shift):
+    mean, logvar = torch.zeros(flat.BLOCK), torch.full((flat.BLOCK,), math.log(0.1) + shift)
+    posterior = {"w": (mean, logvar.requires_grad_())}  # whose rounding errors all add up
+    expected = gaussian.kl_divergence(mean.double(), logvar.double(), 0.1).item()
+    _, anchor = fused.outputs_and_anchor(kind, posterior)
+    assert fused.kl_divergence(posterior, 0.1, anchor).item() == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(fused.Kind))
+@pytest.mark.parametrize("blocks", [(0,), (0, 1), (1, 0, 1)])
+def test_empty_parameters(kind, blocks, block):
+    sizes = [(block + 1) * count for count in blocks]
+    posterior = {
+        str(i): (torch.ones(size), torch.full((size,), -9.0).requires_grad_())
+        for i, size in enumerate(sizes)
+    }
+    outputs, anchor = fused.outputs_and_anchor(kind, posterior)
+    assert [len(output) for output in outputs.values()] == sizes
+    expected = sum(sizes) * (math.exp(-9) + 9) / 2
+    for found in (fused.kl_divergence(posterior, 1.0, a) for a in (anchor, None)):
+        assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_derivatives_of_first_and_second_order(posterior):
@@ -345,6 +389,39 @@ def test_a_model_forgets_its_draws():
     a = torch.cat([p.detach().view(-1) for p in bnn.guide.logvars.parameters()]).double()
     expected = 0.5 * (a.expm1() - a).sum().item()
     assert bnn.kl_divergence().item() == pytest.approx(expected, rel=1e-6)
+    with bnn.reparameterize() as model:
+        model(x)
+    bnn.half().float()  # other values, maybe in the same memory
+    assert bnn._latest.take(bnn._swap.originals) is None
+
+
+CHANGES = {
+    "fused step": lambda bnn: torch.optim.Adam(bnn.parameters(), 0.1, fused=True).step(),
+    "step on .data": lambda bnn: ClippedAdam(bnn.parameters(), 0.1).step(),
+    "other .data": lambda bnn: vector_to_parameters(
+        parameters_to_vector(bnn.parameters()) - 1, bnn.parameters()
+    ),
+    "to half and back": lambda bnn: bnn.half().float(),
+}
+
+
+@pytest.mark.parametrize("local_trick", [False, True, "flipout"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_divergence_after_changes_that_torch_does_not_count(local_trick, change):
+    bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-8.123), torch.randn(5, 3)
+    with bnn.reparameterize(local_trick) as model:
+        loss = model(x).square().sum()
+    if "step" in change:
+        loss.backward()
+    versions = bnn._versions()
+    CHANGES[change](bnn)
+    assert bnn._versions() == versions
+    bnn.zero_grad()
+    found = bnn.kl_divergence()
+    expected = fused.kl_divergence(bnn.guide.posterior(), 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    found, expected = (torch.autograd.grad(kl, bnn.parameters()) for kl in (found, expected))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_divergence_after_draws_goes_elsewhere():

@@ -482,16 +482,20 @@ def test_small_nets_are_batched_and_large_ones_are_not():
     assert len(calls) == 10
 
 
-def test_memory_does_not_grow_with_draws():
-    code = """
+@pytest.mark.parametrize(
+    ("examples", "outputs", "batched"), [(200, 100, False), (2000, 10, False), (2000, 10, True)]
+)
+def test_memory_does_not_grow_with_draws(examples, outputs, batched):
+    code = f"""
 import resource, sys
 import torch
 from torch import nn
 from pyro_bayes import BayesianModel
 
 torch.set_num_threads(1)
-bnn = BayesianModel(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 100)))
-x = torch.randn(200, 2)
+bnn = BayesianModel(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, {outputs})))
+x = torch.randn({examples}, 2)
+x = [x] if {batched} else x
 bnn.predict(x, 200)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 bnn.predict(x, 4000)
