@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint docs notebooks bench gradient-variance test-lowest clean
+.PHONY: demo test lint docs notebooks bench gradient-variance uci test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -25,6 +25,10 @@ bench: .venv-bench/ready  ## Time us and others; writes benchmarks/README.md
 
 gradient-variance: $(READY)  ## Measure the variance of gradients; writes benchmarks/README.md
 	$(BIN)/python benchmarks/gradient_variance.py
+
+uci: $(READY)  ## Score on the UCI datasets: make uci DATA=folder PUBLISHED=file.csv
+	$(BIN)/python -m benchmarks.uci $(if $(DATA),--data '$(DATA)') \
+		$(if $(PUBLISHED),--published '$(PUBLISHED)')
 
 notebooks: $(READY)  ## Execute the notebooks, and make their index in the README
 	$(BIN)/python notebooks/execute.py $(NAMES)

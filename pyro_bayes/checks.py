@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_bayes.tied import TiedModule
-
 
 def check_base(base: Any) -> None:
     """Raises a `TypeError` unless a base can be made Bayesian."""
+    from pyro_bayes.tied import TiedModule  # which has a prior, which checks its variances
+
     if not isinstance(base, nn.Module):
         raise TypeError(f"Expected base to be an nn.Module; got {type(base).__name__}.")
     for name, module in base.named_modules():
@@ -43,4 +43,7 @@ def is_count(value: Any, *, least: int = 1) -> bool:
 def check_prior_var(prior_var: Any) -> None:
     """Raises a `ValueError` unless an argument is a variance."""
     if not is_number(prior_var) or not 0 < prior_var < math.inf:
-        raise ValueError(f"Expected prior_var to be a positive, finite number; got {prior_var!r}.")
+        raise ValueError(
+            "Expected prior_var to be a positive, finite number or 'empirical', or a mapping from"
+            f" patterns to these; got {prior_var!r}."
+        )

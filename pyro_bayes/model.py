@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from pyro_bayes import fused
 from pyro_bayes.batch_norm import warn_if_stale
-from pyro_bayes.checks import check_base, check_prior_var, is_number
+from pyro_bayes.checks import check_base, is_number
 from pyro_bayes.context import of_posterior
 from pyro_bayes.guide import MeanField
 from pyro_bayes.lifted import LiftedModule
 from pyro_bayes.noise import context_noise
 from pyro_bayes.predict import Prediction, predict
 from pyro_bayes.prior import GaussianPrior
+from pyro_bayes.prior_variance import PriorVar, prior_variances
 from pyro_bayes.selection import select
 from pyro_bayes.summary import Summary, summarize
 from pyro_bayes.swap import undisturbed
@@ -53,6 +54,9 @@ class BayesianModel(LiftedModule):
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.
+            `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
+            see :class:`pyro_bayes.prior_variance.Empirical`. In a mapping from patterns to any of
+            these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
         name: What stands in front of the names of the sites, and of the parameters in Pyro's param
             store, where a name that another living model has gets a number. Two models in one
             Pyro model need names. By default, sites bear the parameters' own names, and the store
@@ -88,20 +92,21 @@ class BayesianModel(LiftedModule):
         include_params: str | Sequence[str] = ("",),
         exclude_params: str | Sequence[str] = (),
         *,
-        prior_var: float = 1.0,
+        prior_var: PriorVar = 1.0,
         name: str | None = None,
     ) -> None:
         check_base(base)
         if not is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
-        check_prior_var(prior_var)
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"Expected name to be a non-empty string or None; got {name!r}.")
 
         choices = select(base, include_params, exclude_params)
         parameters = dict(base.named_parameters())
         included = {c.name: parameters[c.name] for c in choices if c.included}
-        prior = GaussianPrior(included, variance=float(prior_var), site_prefix=name or "")
+        shapes = {name: parameter.shape for name, parameter in included.items()}
+        variances = prior_variances(prior_var, choices, shapes)
+        prior = GaussianPrior(included, variance=variances, site_prefix=name or "")
         guide = MeanField(
             prior,
             included,
@@ -110,7 +115,8 @@ class BayesianModel(LiftedModule):
             site_prefix=name or "",
         )
         super().__init__(base, prior, guide, choices)
-        self._init_logvar, self._prior_var = float(init_logvar), float(prior_var)
+        variances.follow(guide.posterior)
+        self._init_logvar, self._prior_variances = float(init_logvar), variances
         self._latest = fused.Latest()
 
     # Draws
@@ -309,7 +315,7 @@ class BayesianModel(LiftedModule):
             progress=progress,
         )
 
-    def kl_divergence(self, prior_var: float | None = None) -> Tensor:
+    def kl_divergence(self, prior_var: PriorVar | None = None) -> Tensor:
         r"""Computes the KL divergence between the posterior and the prior in closed form.
 
         .. math:: D_{KL}(q(\theta) \,\|\, p(\theta)) = \frac{1}{2} \sum_i \left[
@@ -321,13 +327,14 @@ class BayesianModel(LiftedModule):
         of the dataset also with minibatches.
 
         Arguments:
-            prior_var: The variance :math:`\sigma_p^2` of the prior, that of the model by default.
+            prior_var: The variance :math:`\sigma_p^2` of the prior, as in the model, whose it is by
+                default.
 
         Returns:
             The divergence in nats, a 0-dim tensor.
 
         Raises:
-            ValueError: If `prior_var` is not positive.
+            ValueError: If `prior_var` is none of these, as a number that is not positive.
 
         Example:
             >>> bnn = BayesianModel(nn.Linear(3, 1), init_logvar=0.0)
@@ -336,11 +343,11 @@ class BayesianModel(LiftedModule):
             >>> bnn.kl_divergence()
             tensor(0., grad_fn=<...>)
         """
-        if prior_var is None:
-            prior_var = self._prior_var
-        check_prior_var(prior_var)
-        posterior, anchor = self._guide.posterior(), self._latest.take(self._swap.originals)
-        return fused.kl_divergence(posterior, float(prior_var), anchor)
+        posterior, variances = self._guide.posterior(), self._prior_variances
+        if prior_var is not None:
+            shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
+            variances = prior_variances(prior_var, self._choices, shapes)
+        return variances.kl_divergence(posterior, self._latest.take(self._swap.originals))
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -380,7 +387,7 @@ class BayesianModel(LiftedModule):
                 values, _ = of_posterior(self._guide.posterior(), noise)
                 with self._hold(values) as base:
                     call(base)
-        return summarize(self, self._prior_var, uses)
+        return summarize(self, self._prior_variances, uses)
 
     def _replaced(self) -> None:
         self._latest.put(None, {})  # conversions leave no trace

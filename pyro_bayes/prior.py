@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_bayes import flat, fused
 from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import GaussianTensor
+from pyro_bayes.prior_variance import Empirical, PriorVariances
 from pyro_bayes.tree import plant
 
 
@@ -24,19 +25,24 @@ class GaussianSite:
 
     Arguments:
         shape: The shape of the parameter.
-        variance: The variance :math:`\sigma_p^2`.
+        variances: The variances of all parameters.
+        name: The dotted name of the parameter.
         like: The name of a buffer of the site's module, which shows the dtype and device.
     """
 
-    def __init__(self, shape: torch.Size, variance: float, like: str) -> None:
-        self.shape, self.variance, self.like = shape, variance, like
+    def __init__(self, shape: torch.Size, variances: PriorVariances, name: str, like: str) -> None:
+        self.shape, self.variances, self.name, self.like = shape, variances, name, like
         self._priors: dict[Any, Prior] = {}
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         like = module.get_buffer(self.like)
+        rule = self.variances.rules[self.name]
+        if isinstance(rule, Empirical):
+            variance = torch.as_tensor(self.variances.present(self.name)).to(like)
+            return EmpiricalPrior(self.shape, variance, rule)
         kind = (like.dtype, like.device)
         if kind not in self._priors:
-            self._priors[kind] = Prior(self.shape, self.variance, like)
+            self._priors[kind] = Prior(self.shape, rule, like)
         return self._priors[kind]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,6 +89,35 @@ class Prior(dist.Independent):
         return squares * (-0.5 / self._variance) - 0.5 * constant
 
 
+class EmpiricalPrior(dist.Independent):
+    r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2)` of one parameter, by its posterior.
+
+    The log-density of a draw takes :math:`\sigma_p^2` as fixed: in expectation, the gradient of the
+    ELBO is the same. That of a :class:`~pyro_bayes.gaussian_tensor.GaussianTensor` is as in
+    :class:`Prior`.
+
+    Arguments:
+        shape: The shape of the parameter.
+        variance: The present :math:`\sigma_p^2`, of a shape that broadcasts to it.
+        empirical: What it is by.
+    """
+
+    def __init__(self, shape: torch.Size, variance: Tensor, empirical: Empirical) -> None:
+        self._empirical = empirical
+        normal = dist.Normal(torch.zeros_like(variance), variance.sqrt(), validate_args=False)
+        super().__init__(normal.expand(shape), len(shape), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> EmpiricalPrior:
+        new = type(self).__new__(type(self))
+        new._empirical = self._empirical
+        return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
+
+    def log_prob(self, value: Any) -> Tensor:
+        if isinstance(value, GaussianTensor):
+            return -self._empirical.kl_divergence(*value.posterior).expand(self.batch_shape)
+        return super().log_prob(value)  # type: ignore[no-any-return]
+
+
 class _SquaredNorm(torch.autograd.Function):
     """The sum of squares of a large tensor, and its gradient, in one pass each."""
 
@@ -108,7 +143,7 @@ class GaussianPrior(PyroModule):
 
     Arguments:
         parameters: The included parameters by dotted name; only shape, dtype and device are used.
-        variance: The variance :math:`\sigma_p^2` of every element.
+        variance: The variance :math:`\sigma_p^2`: of every element, or the variances by parameter.
         site_prefix: What stands in front of each site's name.
 
     Example:
@@ -118,17 +153,23 @@ class GaussianPrior(PyroModule):
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, variance: float, site_prefix: str = ""
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        variance: float | PriorVariances,
+        site_prefix: str = "",
     ) -> None:
         super().__init__(site_prefix)
         # Sites are attributes of this module under any name that a parameter may have. So what else
         # it has bears a mangled name, and the buffers a name that no attribute has.
         self.__names = tuple(parameters)
+        if not isinstance(variance, PriorVariances):
+            variance = PriorVariances(dict.fromkeys(parameters, variance))
         sites, likes = {}, {}
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             like = f"{leaf}:like"
-            sites[name] = PyroSample(GaussianSite(parameter.shape, variance, like))
+            sites[name] = PyroSample(GaussianSite(parameter.shape, variance, name, like))
             likes[path, like] = parameter.detach().new_zeros(())
         plant(self, sites, node=PyroModule)
         for (path, like), zero in likes.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -103,6 +103,50 @@ def select(
             f" on {type(base).__name__} ({reasons}). Widen include_params or narrow exclude_params."
         )
     return choices
+
+
+def first_matches(
+    argument: str, patterns: Sequence[str], names: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Finds the first of several patterns that each parameter matches, as in :func:`select`.
+
+    Arguments:
+        argument: The name of the argument that the patterns are of, for messages.
+        patterns: The patterns.
+        names: All names of each parameter by its first one.
+
+    Returns:
+        The patterns by the parameters' first names.
+
+    Raises:
+        TypeError: If the patterns are not strings.
+        ValueError: If a pattern holds an illegal character, a pattern is the first match of no
+            parameter, or a parameter matches none.
+
+    Example:
+        >>> names = {"0.weight": ["0.weight"], "0.bias": ["0.bias"]}
+        >>> first_matches("prior_var", ["*.bias", ""], names)
+        {'0.weight': '', '0.bias': '*.bias'}
+    """
+    every = [name for aliases in names.values() for name in aliases]
+    compiled = _compile_all(argument, patterns, every)
+    found = {}
+    for name, aliases in names.items():
+        pattern = _first_match(compiled, aliases)
+        if pattern is None:
+            raise ValueError(
+                f"Expected {argument} to have a pattern for each included parameter; got none that"
+                f" matches {name!r}. The pattern '' matches all: put it last."
+            )
+        found[name] = pattern
+    for pattern in patterns:
+        if pattern not in found.values():
+            raise ValueError(
+                f"Expected every pattern of {argument} to be the first that matches some included"
+                f" parameter; got {pattern!r}, which is not. Put it before wider ones."
+                f" {_closest(pattern, every)}"
+            )
+    return found
 
 
 def _decide(

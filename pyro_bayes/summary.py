@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pyro_bayes.prior_variance import PriorVariances
 from pyro_bayes.table import print_table
 from pyro_bayes.tied import TiedModule
 
@@ -72,13 +73,13 @@ class Summary:
 
 
 def summarize(
-    model: TiedModule, prior_var: float, uses: Mapping[str, Sequence[str]] | None
+    model: TiedModule, variances: PriorVariances, uses: Mapping[str, Sequence[str]] | None
 ) -> Summary:
     r"""Prints a table of a model's parameters, and returns it.
 
     Arguments:
         model: The model.
-        prior_var: The variance of the prior.
+        variances: The variances of the prior.
         uses: What became of each parameter in a forward pass, if one was made.
     """
     posterior = model.guide.posterior()
@@ -90,7 +91,7 @@ def summarize(
         if choice.included:
             mean, logvar = (p.detach() for p in posterior[choice.name])
             signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
-            prior = f"N(0, {prior_var:g})"
+            prior = variances.describe(choice.name)
             noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
         name = " = ".join((choice.name, *choice.aliases))
         shape = tuple(parameter.shape)

@@ -244,6 +244,19 @@ for _name, _addmm in {"addmm": torch.addmm, "addmm, method": torch.Tensor.addmm}
         (2, 4),
         vmap=False,
     )
+for _name, _baddbmm in {
+    "baddbmm": torch.baddbmm,
+    "baddbmm, method": torch.Tensor.baddbmm,
+}.items():
+    CASES[_name] = Case(
+        lambda f=_baddbmm: Weighted(
+            lambda x, w, b: f(b, x, w.expand(len(x), 4, 3), beta=0.5, alpha=2), (1, 4, 3), (1, 1, 3)
+        ),
+        (2, 3, 4),
+        vmap=False,
+        own_batch=True,
+        variant=True,
+    )
 
 # A parameter in arithmetic with an activation, and with a constant of its own shape.
 C = torch.tensor([[0.0, 1.0, -2.0, 0.5], [1.5, 0.0, 1.0, 3.0], [0.1, 1.0, 0.0, -1.0]])

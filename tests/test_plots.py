@@ -1,5 +1,6 @@
 """Figures: what they show, and what they leave alone."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import nn
 from pyro_bayes import BayesianModel
 from pyro_bayes.evaluation import plots
 from pyro_bayes.likelihoods import Gaussian
+from pyro_bayes.prior_variance import Empirical
 from pyro_bayes.training import History
 
 CONFIDENCE = torch.tensor([0.05, 0.55, 0.58, 0.95, 0.97, 0.99, 1.0])
@@ -199,6 +201,16 @@ def test_histograms_of_layers(draw, reference, bnn):
         assert steps.edges[-1] > values.max()
     (dashed,) = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
     assert dashed.get_xdata()[0] == pytest.approx(reference)
+
+
+def test_lines_of_several_priors(net):
+    bnn = BayesianModel(net, -2.0, prior_var={"0.weight": Empirical(each=1), "": 0.25})
+    first, second = plots.scale_histogram(bnn).collections[::-1]  # from the top
+    variances = bnn._prior_variances.present("0.weight").flatten().tolist()
+    expected = sorted(math.sqrt(v) for v in (*variances, 0.25))
+    assert [s[0, 0] for s in first.get_segments()] == pytest.approx(expected)
+    assert [s[:, 0].tolist() for s in second.get_segments()] == [[0.5, 0.5]]
+    assert first.get_segments()[0][:, 1].tolist() == [1, 1.85]
 
 
 def test_base_that_is_one_layer():

@@ -88,6 +88,19 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
     return _times_matrix("addmm", apply, mat1, weight, bias)
 
 
+@rule(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(batch1, GaussianTensor):
+        return NotImplemented
+    bias = input.times(beta) if isinstance(input, GaussianTensor) else input * beta
+    weight = batch2.times(alpha) if isinstance(batch2, GaussianTensor) else batch2 * alpha
+
+    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.bmm(x, w) if b is None else torch.baddbmm(b, x, w)
+
+    return _times_matrix("baddbmm", apply, batch1, weight, bias)
+
+
 def _times_matrix(
     operator: str, apply: Callable[..., Tensor], input: Any, weight: Any, bias: Any = None
 ) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes import fused
 from pyro_bayes.checks import is_count
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.objective import ELBO
@@ -142,7 +141,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     model = objective.model
     posterior = model.guide.posterior()
     with torch.no_grad():
-        divergences = fused.kl_divergences(posterior, model._prior_var)
+        divergences = model._prior_variances.kl_divergences(posterior)
     rows = []
     for name in posterior:
         mean, logvar = (f"model.guide.{kind}.{name}" for kind in ("means", "logvars"))

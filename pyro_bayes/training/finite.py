@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pyro_bayes import fused
 from pyro_bayes.objective import ELBO
 
 
@@ -40,7 +39,7 @@ def check_parameters(objective: ELBO, when: str, file: str = "") -> None:
             )
     model = objective.model
     with torch.no_grad():
-        divergences = fused.kl_divergences(model.guide.posterior(), model._prior_var)
+        divergences = model._prior_variances.kl_divergences(model.guide.posterior())
     for name, kl in divergences.items():
         if not is_finite(kl):
             raise FloatingPointError(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
     r"""Draws how wide the posterior is, layer by layer.
 
-    The line is the prior's deviation: a layer whose :math:`\sigma` is there has learned nothing
-    from the data. One whose :math:`\sigma` is a single peak may not have moved from its start.
+    The lines are the prior's deviations, where a layer has several all of them: a layer whose
+    :math:`\sigma` is there has learned nothing from the data. One whose :math:`\sigma` is a single
+    peak may not have moved from its start.
 
     Arguments:
         bnn: The model.
@@ -40,7 +41,9 @@ def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
     """
     posterior = bnn.guide.posterior()
     scales = {name: (0.5 * logvar).exp() for name, (_, logvar) in posterior.items()}
-    return _ridges(ax, scales, "posterior deviation σ", line=bnn._prior_var**0.5, name="prior")
+    variances = {name: bnn._prior_variances.present(name) for name in posterior}
+    lines = {name: torch.as_tensor(value).sqrt() for name, value in variances.items()}
+    return _ridges(ax, scales, "posterior deviation σ", lines=lines, name="prior")
 
 
 def signal_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
@@ -71,27 +74,37 @@ def signal_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
     """
     posterior = bnn.guide.posterior()
     ratios = {n: mean.abs() * (-0.5 * logvar).exp() for n, (mean, logvar) in posterior.items()}
-    return _ridges(ax, ratios, "signal-to-noise ratio |μ|/σ", line=1.0, name="|μ| = σ")
+    lines = dict.fromkeys(ratios, torch.tensor(1.0))
+    return _ridges(ax, ratios, "signal-to-noise ratio |μ|/σ", lines=lines, name="|μ| = σ")
 
 
 def _ridges(
-    ax: Axes | None, values: Mapping[str, Tensor], label: str, *, line: float, name: str
+    ax: Axes | None,
+    values: Mapping[str, Tensor],
+    label: str,
+    *,
+    lines: Mapping[str, Tensor],
+    name: str,
 ) -> Axes:
     """Draws a histogram of logarithms per layer, one above the other, the first on top."""
     layers: dict[str, list[Tensor]] = {}
+    marks: dict[str, set[float]] = {}
     for parameter, numbers in values.items():
-        parts = layers.setdefault(parameter.rpartition(".")[0] or "(base)", [])
+        layer = parameter.rpartition(".")[0] or "(base)"
+        parts = layers.setdefault(layer, [])
         parts.append(numbers.detach().to("cpu", torch.double).flatten())
+        marks.setdefault(layer, set()).update(lines[parameter].flatten().tolist())
     ax, _ = begin(ax, size=(4.8, 1.2 + 0.4 * len(layers)))
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = {layer: torch.cat(parts).log10() for layer, parts in layers.items()}
-    every = torch.cat([*rows.values(), torch.tensor([math.log10(line)])])
+    marked = [math.log10(mark) for mark in set().union(*marks.values())]
+    every = torch.cat([*rows.values(), torch.tensor(marked, dtype=torch.double)])
     every = every[every.isfinite()]
     # torch.quantile takes no more than 16 million numbers.
     low, high = every.kthvalue(1 + len(every) // 1000).values.item(), every.max().item()
     edges = torch.linspace(low - 0.1, high + 0.1, 61, dtype=torch.double)
-    for place, logs in enumerate(reversed(rows.values())):
+    for place, (layer, logs) in enumerate(reversed(rows.items())):
         # What is below the range, a mean of 0 first of all, counts in the first bin.
         heights = torch.histogram(logs.clamp(edges[0], edges[-1]), edges).hist
         ax.axhline(place, color=GREY, linewidth=0.5)
@@ -103,10 +116,14 @@ def _ridges(
             color=BLUE,
             alpha=0.6,
         )
-    ax.axvline(line, color=GREY, linewidth=1, linestyle="--")
+        if len(marked) > 1:
+            ends = place, place + 0.85
+            ax.vlines(sorted(marks[layer]), *ends, color=GREY, linewidth=1, linestyle="--")
+    if len(marked) == 1:
+        ax.axvline(10 ** marked[0], color=GREY, linewidth=1, linestyle="--")
     ax.annotate(
         name,
-        (line, 1),
+        (max(marks[next(iter(rows))]), 1),
         xycoords=ax.get_xaxis_transform(),
         xytext=(0, 2),
         textcoords="offset points",

@@ -1,0 +1,1 @@
+"""The UCI regression table: mean-field networks beside published numbers."""
