@@ -30,11 +30,12 @@ MEMORY = ("mlp", "cnn")
 QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
 OURS = "weights"
 BEGIN = time.perf_counter()
-THREADED = (PLAIN, "floor", "floor-local", OURS, "local", "flipout", "svi", "zuko", "zuko-local")
+THREADED = (PLAIN, "floor", "floor-local", "floor-svi", OURS, "local", "flipout", "svi", "zuko",
+            "zuko-local")  # fmt: skip
 GROWING = (PLAIN, OURS, "local", "zuko")
 COUNTING = (OURS, "zuko", "pyro")
-PREDICTING = (PLAIN, OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn", "blitz",
-              "posteriors")  # fmt: skip
+PREDICTING = (PLAIN, "floor", OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn",
+              "blitz", "posteriors")  # fmt: skip
 
 
 @dataclass(frozen=True)

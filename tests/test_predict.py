@@ -345,6 +345,27 @@ def test_functions_get_all_parts_of_a_batch(bnn, data):
     assert torch.equal(again.mean, parts.mean)
 
 
+def test_costs_are_counted_once_for_inputs_of_a_kind(bnn, data, monkeypatch):
+    module = sys.modules["pyro_bayes.predict"]
+    counted = []
+
+    class Calls(module._Calls):
+        def __init__(self):
+            super().__init__()
+            counted.append(self)
+
+    monkeypatch.setattr(module, "_Calls", Calls)
+    x = data[0]
+    first, again = (bnn.predict(x, 30, generator=seeded()) for _ in range(2))
+    assert len(counted) == 1
+    assert torch.equal(first.mean, again.mean)
+    bnn.predict(x[:2], 30)
+    assert len(counted) == 2
+    for _ in range(2):
+        bnn.predict(lambda net: net(x), 30)  # what it calls, nobody knows
+    assert len(counted) == 4
+
+
 # What cannot be batched, and what must stay as it is
 
 
