@@ -9,7 +9,7 @@ demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
 
 test: $(READY)  ## Run the tests, which also run the README, the docstrings and the notebooks
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ def train(make, load, loss, seed, local_trick, steps=120, batch=128):
 
 
 @torch.no_grad()
-def elbo(bnn, data, loss, draws=20):
+def elbo(bnn, data, loss, draws=8):
     """Returns the ELBO per datum, over all data and draws of the weights."""
     torch.manual_seed(0)
     losses = []
