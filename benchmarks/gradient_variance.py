@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 
 import torch
 import zuko
-from section import Section, table
+from section import Section, publish, table
 from sklearn.datasets import load_digits, make_moons
 from torch import Tensor, nn
 
@@ -369,12 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(1)  # the nets are small
     settings = [replace(s, epochs=(1,)) for s in SETTINGS] if options.smoke else SETTINGS
-    parts = []
-    for part in report(settings, 3 if options.smoke else options.draws, options.seed):
-        print(part, end="\n\n", flush=True)
-        parts.append(part)
-    if section:
-        section.write(parts)
+    publish(report(settings, 3 if options.smoke else options.draws, options.seed), section)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,21 @@ class Section:
         start, end = self.marks
         text = "\n\n".join(parts)
         self.path.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def publish(parts: Iterable[str], section: Section | None) -> None:
+    """Prints the parts of a report as they come, and writes them to a section in the end.
+
+    Arguments:
+        parts: The paragraphs and tables.
+        section: Where to write them, if anywhere.
+    """
+    known = []
+    for part in parts:
+        print(part, end="\n\n", flush=True)
+        known.append(part)
+    if section:
+        section.write(known)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int = 1) -> str:

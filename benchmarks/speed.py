@@ -21,7 +21,7 @@ import torch
 from chart import Curve, save
 from contenders import CONTENDERS, PLAIN, start
 from nets import PROBLEMS, Problem
-from section import Section, table
+from section import Section, publish, table
 from timing import Times
 
 README = Path(__file__).with_name("README.md")
@@ -288,12 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = _plan(options)
     if section:
         plan = replace(plan, chart=section.path.with_name(CHART))
-    parts = []
-    for part in report(plan):
-        print(part, end="\n\n", flush=True)
-        parts.append(part)
-    if section:
-        section.write(parts)
+    publish(report(plan), section)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.section import Section, table
+from benchmarks.section import Section, publish, table
 from benchmarks.uci import published
 from benchmarks.uci.data import SHAPES, Missing
 from benchmarks.uci.networks import PRIORS, Scores, Setting, run
@@ -173,13 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = measure(options, setting)
     except Missing as error:
         raise SystemExit(str(error)) from error
-    parts = []
     predicted = "Validation" if options.validate else "Test"
-    for part in report(results, setting, options.published, predicted):
-        print(part, end="\n\n", flush=True)
-        parts.append(part)
-    if section:
-        section.write(parts)
+    publish(report(results, setting, options.published, predicted), section)
 
 
 if __name__ == "__main__":

@@ -75,30 +75,35 @@ def _rmatmul(input: Any, other: Any) -> Any:
 
 @rule(torch.addmm, Tensor.addmm)
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(mat1, GaussianTensor):
-        return NotImplemented
     if isinstance(input, GaussianTensor) and (input.dim() != 1 or isinstance(beta, Tensor)):
         return NotImplemented
-    bias = input.times(beta) if isinstance(input, GaussianTensor) else input * beta
-    weight = mat2.times(alpha) if isinstance(mat2, GaussianTensor) else mat2 * alpha
-
-    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return torch.mm(x, w) if b is None else torch.addmm(b, x, w)
-
-    return _times_matrix("addmm", apply, mat1, weight, bias)
+    return _plus_product("addmm", torch.addmm, torch.mm, (input, mat1, mat2), beta, alpha)
 
 
 @rule(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    if isinstance(batch1, GaussianTensor):
+    return _plus_product("baddbmm", torch.baddbmm, torch.bmm, (input, batch1, batch2), beta, alpha)
+
+
+def _plus_product(
+    operator: str,
+    apply: Callable[..., Tensor],
+    product: Callable[..., Tensor],
+    args: tuple[Any, Any, Any],
+    beta: float,
+    alpha: float,
+) -> Any:
+    """A product with a matrix, or a stack of them, on the right, and what is added to it."""
+    bias, left, right = args
+    if isinstance(left, GaussianTensor):
         return NotImplemented
-    bias = input.times(beta) if isinstance(input, GaussianTensor) else input * beta
-    weight = batch2.times(alpha) if isinstance(batch2, GaussianTensor) else batch2 * alpha
+    bias = bias.times(beta) if isinstance(bias, GaussianTensor) else bias * beta
+    weight = right.times(alpha) if isinstance(right, GaussianTensor) else right * alpha
 
-    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return torch.bmm(x, w) if b is None else torch.baddbmm(b, x, w)
+    def apply_or_multiply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return product(x, w) if b is None else apply(b, x, w)
 
-    return _times_matrix("baddbmm", apply, batch1, weight, bias)
+    return _times_matrix(operator, apply_or_multiply, left, weight, bias)
 
 
 def _times_matrix(
