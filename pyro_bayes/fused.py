@@ -144,8 +144,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
     """
     terms = []
     if anchor and not transformed() and anchor.is_of(posterior):
-        for (_, means, logvars), outputs, moments in anchor.groups:
-            terms.append(_Anchored.apply(prior_var, (*means, *logvars), moments, *outputs))
+        terms += [_anchored(prior_var, *group) for group in anchor.groups]
     else:
         for _, means, logvars in _groups(posterior):
             if _by_formula(means):
@@ -155,7 +154,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
                 term = _Divergences.apply(prior_var, parts(means), *means, *logvars)
                 terms.append(term.sum())
     if len(terms) == 1:
-        return terms[0].to(means[0].dtype)  # type: ignore[no-any-return]
+        return terms[0].to(next(iter(posterior.values()))[0].dtype)
     total: Tensor = sum(term.to(terms[0].device) for term in terms)
     dtypes = {mean.dtype for mean, _ in posterior.values()}
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total
@@ -199,8 +198,10 @@ def _noise(means: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    # What was made in inference mode has no version.
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # what was made in inference mode has no version
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class _Outputs(torch.autograd.Function):
@@ -256,7 +257,7 @@ class _Outputs(torch.autograd.Function):
         ctx.save_for_backward(*spreads)
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
         ctx.parameters, ctx.versions, ctx.spreads = parameters, _versions(parameters), spreads
-        return *outputs, means[0].new_empty(()), means[0].new_empty(())
+        return *outputs, means[0].new_zeros(()), means[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -306,25 +307,17 @@ class _Divergences(torch.autograd.Function):
         return None, None, *slopes(ctx.saved_tensors, ctx.slices, list(factors))
 
 
-class _Anchored(torch.autograd.Function):
-    """The divergence of all parameters, whose gradient goes to an anchor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, prior_var: float, parameters: Any, moments: _Moments, *anchor: Tensor
-    ) -> Tensor:
-        ctx.prior_var = prior_var
-        mean: Tensor = parameters[0]
-        total: Any = _divergence_by_moments(moments, prior_var)
-        if total is None:
-            slices = parts(parameters[: len(parameters) // 2])
-            total = sum(_divergences(parameters, prior_var, slices))
-        divergence: Tensor = mean.new_full((), total) if isinstance(total, float) else total
-        return divergence
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        return None, None, None, grad / ctx.prior_var, -0.5 * grad
+def _anchored(
+    prior_var: float, group: _Group, anchor: Sequence[Tensor], moments: _Moments
+) -> Tensor:
+    """The divergence of a group, whose gradient goes to an anchor: two zeros."""
+    _, means, logvars = group
+    total: Any = _divergence_by_moments(moments, prior_var)
+    if total is None:
+        with torch.no_grad():
+            total = sum(_divergences((*means, *logvars), prior_var, parts(means)))
+    by, less = anchor
+    return by.mul(1 / prior_var).sub(less, alpha=0.5).add(total)
 
 
 def _divergence_by_moments(moments: _Moments, prior_var: float) -> float | None:
