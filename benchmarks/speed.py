@@ -26,7 +26,7 @@ from timing import Times
 
 README = Path(__file__).with_name("README.md")
 MARK, CHART = "speed", "cost.png"
-MEMORY = ("mlp", "cnn")
+MEMORY = ("mlp", "deep", "cnn", "encoder", "flow")
 QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
 OURS = "weights"
 BEGIN = time.perf_counter()
