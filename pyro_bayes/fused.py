@@ -142,7 +142,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
         >>> kl_divergence({"w": (torch.ones(3), torch.zeros(3))}, prior_var=0.5)
         tensor(3.4603)
     """
-    terms = []
+    terms: list[Any] = []
     if anchor and not transformed() and anchor.is_of(posterior):
         terms += [_anchored(prior_var, *group) for group in anchor.groups]
     else:
@@ -154,7 +154,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
                 term = _Divergences.apply(prior_var, parts(means), *means, *logvars)
                 terms.append(term.sum())
     if len(terms) == 1:
-        return terms[0].to(next(iter(posterior.values()))[0].dtype)
+        return terms[0].to(next(iter(posterior.values()))[0].dtype)  # type: ignore[no-any-return]
     total: Tensor = sum(term.to(terms[0].device) for term in terms)
     dtypes = {mean.dtype for mean, _ in posterior.values()}
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total

@@ -94,7 +94,7 @@ class MeanField(AutoNormal):
 
         Values that were loaded into Pyro's param store arrive here first.
         """
-        store.pull(self._stored())
+        store.pull(self._stored)
         return {name: (m[leaf], v[leaf]) for name, (m, v, leaf) in self._places.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,17 +52,19 @@ def claim(name: str, owner: object) -> str:
     return found
 
 
-def pull(parameters: Mapping[str, nn.Parameter]) -> None:
+def pull(parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
     """Copies values that were loaded or set in the store into the model's own parameters.
 
     Arguments:
-        parameters: The model's parameters by their full names in the store.
+        parameters: Returns the model's parameters by their full names in the store.
 
     Raises:
         ValueError: If the store holds a value of another shape.
     """
     held = _held()
-    foreign = {n: p for n, p in parameters.items() if held.get(n, p) is not p}
+    if not held:
+        return
+    foreign = {n: p for n, p in parameters().items() if held.get(n, p) is not p}
     if not foreign:
         return
     for name, parameter in foreign.items():
@@ -127,7 +129,7 @@ def statement(name: str, parameter: nn.Parameter) -> Tensor:
         An alias of the parameter, or what a Pyro handler put in its place.
     """
     if _held().get(name) is not parameter:
-        pull({name: parameter})
+        pull(lambda: {name: parameter})
         if not pyro.settings.get("module_local_params"):
             register({name: parameter})
     # The weak reference that Pyro's optimisers follow sits on an alias: on the parameter itself it

@@ -233,7 +233,7 @@ class TiedModule(PyroModule):
 
     def _pull(self) -> None:
         self._guide.posterior()
-        store.pull(self._stored())
+        store.pull(self._stored)
 
     def _replaced(self) -> None:
         self._prepare()
