@@ -141,10 +141,15 @@ def first_matches(
         found[name] = pattern
     for pattern in patterns:
         if pattern not in found.values():
+            shadowed = any(map(compiled[pattern].fullmatch, every))
             raise ValueError(
                 f"Expected every pattern of {argument} to be the first that matches some included"
-                f" parameter; got {pattern!r}, which is not. Put it before wider ones."
-                f" {_closest(pattern, every)}"
+                f" parameter; got {pattern!r}, "
+                + (
+                    "all of whose parameters others match before it. Put it before wider ones."
+                    if shadowed
+                    else f"which matches none. {_closest(pattern, every)}"
+                )
             )
     return found
 

@@ -384,8 +384,16 @@ ERRORS = {
     "word": ("empiric", ValueError, "'empirical'.*; got 'empiric'"),
     "number in it": ({"": -1.0}, ValueError, "prior_var .*; got -1.0"),
     "missing": ({"0.": 1.0}, ValueError, "pattern for each .*'2.weight'"),
-    "nothing": ({"3.": 1.0, "": 1.0}, ValueError, "pattern of prior_var .*'3.'"),
-    "behind": ({"": 1.0, "0.": 2.0}, ValueError, "pattern of prior_var .*'0.'"),
+    "nothing": (
+        {"3.": 1.0, "": 1.0},
+        ValueError,
+        "pattern of prior_var .*'3.', which matches none. The closest",
+    ),
+    "behind": (
+        {"": 1.0, "0.": 2.0},
+        ValueError,
+        "pattern of prior_var .*'0.', all .* before wider ones.$",
+    ),
     "key": ({1: 1.0}, TypeError, "prior_var"),
     "dimension": (Empirical(each=1), ValueError, "each=1 for '0.bias'"),
     "none": (None, ValueError, "prior_var"),
