@@ -181,9 +181,9 @@ def test_single_precision_is_enough_for_large_numbers(likelihood, exact, outputs
     for row in y:
         log_prob = likelihood.log_prob(output, row)
         of = law.logpmf if hasattr(law.dist, "pmf") else law.logpdf
-        truth = torch.from_numpy(of(row.numpy())).float()
+        truth = torch.from_numpy(of(row.double().numpy())).float()
         torch.testing.assert_close(log_prob, truth, rtol=1e-6, atol=1e-6)
-        below = torch.from_numpy(law.cdf(row.numpy())).float()
+        below = torch.from_numpy(law.cdf(row.double().numpy())).float()
         found = likelihood.distribution(output).cdf(row)
         torch.testing.assert_close(found, below, rtol=1e-4, atol=1e-6)
         assert torch.autograd.grad(log_prob.sum(), output)[0].dtype == torch.float32
