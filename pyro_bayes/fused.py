@@ -166,7 +166,7 @@ class Outputs(torch.autograd.Function):
         scores: list[Tensor] = []
         slices = parts(means)
         trains = any(ctx.needs_input_grad)
-        apart = kind == "draws" and trains
+        apart = kind == "draws" and (trains or scored)
         # Other devices would have to be waited for.
         counts = trains and not scored and means[0].device.type == "cpu"
         memory = room(means, slices, 2 if apart else 1)
@@ -181,13 +181,16 @@ class Outputs(torch.autograd.Function):
                     variance = s.sum() if counts else None
                 else:
                     s.normal_()
-                    surprise = torch.addcmul(v, s, s) if scored else None
+                    if scored:
+                        torch.addcmul(v, s, s, out=o)
+                        sums = [own.sum() for own in _owned(o, means[part])]
                     scale = torch.mul(v, 0.5).exp_()
                     s.mul_(scale)
                     if kind == "draws":
                         torch.add(m, s, out=o)
-                    if surprise is not None:
-                        score = score + _scores(o, surprise, means[part])
+                    if scored:
+                        sums += [torch.dot(own, own) for own in _owned(o, means[part])]
+                        score = score + torch.stack(sums)
                     variance = torch.dot(scale, scale) if counts else None
                 if variance is not None:  # while the block is at hand
                     squares = float(torch.dot(m, m))
@@ -196,7 +199,7 @@ class Outputs(torch.autograd.Function):
             outputs += scatter(output, means[part])
             spreads.append(spread)
             if scored:
-                scores.append(score)
+                scores.append(score.view(2, -1))
         # Elsewhere, all parameters are one part, of which a copy would be large.
         small = count > 1 and len(slices) == 1 and means[0].device.type == "cpu"
         ctx.flat = (mean, logvar) if small else None
@@ -207,7 +210,7 @@ class Outputs(torch.autograd.Function):
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
         if not scored:
             return *outputs, means[0].new_empty(count), means[0].new_empty(count)
-        squares, surprises = torch.cat(scores, 1).mul_(0.5)
+        surprises, squares = torch.cat(scores, 1).mul_(0.5)
         halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
         return *outputs, squares, surprises.add_(halves).neg_()
 
@@ -228,9 +231,8 @@ class Outputs(torch.autograd.Function):
         if ctx.scored and anchored:
             by = torch.zeros_like(less) if by is None else by
             less = torch.zeros_like(by) if less is None else -0.5 * less
-            of_outputs[0] = torch.zeros_like(means[0]) if of_outputs[0] is None else of_outputs[0]
         spreads: Sequence[Tensor] = ()
-        if any(grad is not None for grad in of_outputs):
+        if (ctx.scored and anchored) or any(grad is not None for grad in of_outputs):
             spreads = ctx.spreads or ctx.saved_tensors
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.spreads = None
@@ -254,12 +256,11 @@ class Outputs(torch.autograd.Function):
         return None, None, None, *kept
 
 
-def _scores(draw: Tensor, surprise: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The sums of θ² and of ε² + log σ² of parameters side by side, or of a block of one."""
-    many = len(parameters) > 1
-    sizes = [parameter.numel() for parameter in parameters] if many else [len(draw)]
-    squares = [torch.dot(part, part) for part in draw.split(sizes)]
-    return torch.stack(squares + [part.sum() for part in surprise.split(sizes)]).view(2, -1)
+def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The elements of each of several parameters side by side, or a block of one."""
+    if len(parameters) == 1:
+        return (block,)
+    return block.split([parameter.numel() for parameter in parameters])
 
 
 class _Divergences(torch.autograd.Function):

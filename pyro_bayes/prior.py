@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import pyro.distributions as dist
@@ -34,7 +35,7 @@ class GaussianSite:
         self._priors: dict[Any, Prior] = {}
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
-        like: Any = module._buffers[self.like]  # in a tenth of the time of get_buffer
+        like: Any = module._buffers[self.like]  # get_buffer walks through Pyro's attributes
         rule = self.variances.rules[self.name]
         if isinstance(rule, Empirical):
             variance = torch.as_tensor(self.variances.present(self.name)).to(like)
@@ -165,15 +166,7 @@ class GaussianPrior(PyroModule):
         Returns:
             The value of each site by the name of its parameter.
         """
-        values = {}
-        for name in self.__names:
-            # Plain look-ups instead of an attribute at a time, which Pyro makes dear.
-            *path, leaf = name.split(".")
-            node: Any = self
-            for key in path:
-                node = node._modules[key]
-            values[name] = getattr(node, leaf)
-        return values
+        return {name: attrgetter(name)(self) for name in self.__names}
 
 
 @contextmanager

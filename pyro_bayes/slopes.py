@@ -119,8 +119,12 @@ def _by_formula(
 
 def _of_elements(factor: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """A factor of each element of parameters side by side, one number if it is the same for all."""
-    if factor.dim() == 0 or factor.stride(0) == 0 or len(parameters) == 1:
-        return factor if factor.dim() == 0 else factor[0]
+    if factor.dim() == 0:
+        return factor
+    same = factor.stride(0) == 0 or len(parameters) == 1
+    # Other devices would have to be waited for.
+    if same or (factor.device.type == "cpu" and len(set(factor.tolist())) == 1):
+        return factor[0]
     pairs = zip(factor.unbind(), parameters, strict=True)
     return gather([one.expand(parameter.shape) for one, parameter in pairs])
 
