@@ -260,7 +260,8 @@ def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """The elements of each of several parameters side by side, or a block of one."""
     if len(parameters) == 1:
         return (block,)
-    return block.split([parameter.numel() for parameter in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    return block.split(sizes)  # type: ignore[no-any-return]
 
 
 class _Divergences(torch.autograd.Function):

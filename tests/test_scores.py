@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from pyro_bayes import BayesianModel, flat, fused, gaussian
+from pyro_bayes.prior import Prior
 from pyro_bayes.scores import half_square, scored_draws
 
 SHAPES = {"w": (4, 3), "b": (5,), "s": (), "none": (0, 2)}
@@ -60,6 +61,7 @@ def picked(pick, found):
     return weighted(pick(*map(list, zip(*found, strict=True))))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
 @pytest.mark.parametrize("pick", PICKS.values(), ids=PICKS)
 def test_gradients_are_those_of_the_formula(posterior, pick):
     draws = scored_draws(posterior)
@@ -71,7 +73,9 @@ def test_gradients_are_those_of_the_formula(posterior, pick):
     def first_and_second(loss):
         first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
         total = sum(g.square().sum() for g in first)
-        return *first, *torch.autograd.grad(total, leaves, materialize_grads=True)
+        return *first, *torch.autograd.grad(
+            total, leaves, retain_graph=True, materialize_grads=True
+        )
 
     slopes = first_and_second(expected)
     found.backward(retain_graph=True)
@@ -80,6 +84,16 @@ def test_gradients_are_those_of_the_formula(posterior, pick):
             torch.zeros_like(slope) if leaf.grad is None else leaf.grad, slope
         )
     torch.testing.assert_close(first_and_second(found), slopes)
+
+    for leaf in leaves:
+        leaf.grad = None
+    found.backward(create_graph=True)
+    firsts = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    total = sum(g.square().sum() for g in firsts)
+    seconds = torch.autograd.grad(total, leaves, materialize_grads=True)
+    torch.testing.assert_close((*slopes[: len(leaves)], *seconds), slopes)
+    for leaf in leaves:
+        leaf.grad = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -101,8 +115,7 @@ def test_draws_without_a_graph_are_the_same(posterior):
     torch.manual_seed(1)
     expected = scored_draws(posterior)
     torch.manual_seed(1)
-    with torch.no_grad():
-        found = scored_draws(posterior)
+    found = scored_draws({name: (m.detach(), v.detach()) for name, (m, v) in posterior.items()})
     for name, pair in found.items():
         torch.testing.assert_close(pair, expected[name])
         assert half_square(pair[0]) is None  # it may yet become a leaf that trains
@@ -120,6 +133,12 @@ def test_copies_have_no_known_square(posterior):
     leaf = draw.detach().requires_grad_()
     leaf._half_square = draw._half_square  # as pickles do
     assert half_square(leaf) is None
+
+
+def test_draws_of_many_values_have_a_density_each(posterior):
+    draw = scored_draws(posterior)["w"][0]
+    density = Prior(torch.Size([3]), 0.3, torch.zeros((), dtype=torch.float64)).log_prob(draw)
+    torch.testing.assert_close(density, Normal(0.0, 0.3**0.5).log_prob(draw).sum(-1))
 
 
 @pytest.mark.parametrize("way", ["grad", "retain", "hook", "both"])
