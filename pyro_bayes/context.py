@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pyro_bayes import fused
+from pyro_bayes.anchor import Anchor
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.noise import ContextNoise, Estimator
 from pyro_bayes.slopes import Kind
@@ -20,7 +21,7 @@ _KINDS: dict[Estimator, Kind] = {
 
 def of_posterior(
     posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise
-) -> tuple[dict[str, GaussianTensor], fused.Anchor | None]:
+) -> tuple[dict[str, GaussianTensor], Anchor | None]:
     r"""Returns the Gaussian tensors of a posterior, and an anchor for its divergence.
 
     Arguments:

@@ -8,20 +8,16 @@ the divergence that follows draws sends its gradient through their node. Second 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
+from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, versions
 from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
 from pyro_bayes.slopes import Kind, slopes
-
-Posterior = Mapping[str, tuple[Tensor, Tensor]]
-_Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
-_Moments = list[tuple[int, float, float, float, float]]
-"""Of each block: its size, the sums of μ², σ² and log σ², and the largest log σ²."""
 
 
 def draws(posterior: Posterior) -> dict[str, Tensor]:
@@ -40,91 +36,36 @@ def draws(posterior: Posterior) -> dict[str, Tensor]:
     return outputs_and_anchor("draws", posterior)[0]
 
 
-def draws_and_noise(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
-    r"""Returns draws with their noise :math:`\epsilon`, see :func:`draws`."""
-    epsilons: dict[str, Tensor] = {}
-    found, _ = outputs_and_anchor("draws", posterior, epsilons)
-    return {name: (draw, epsilons[name]) for name, draw in found.items()}
-
-
-def outputs_and_anchor(
-    kind: Kind, posterior: Posterior, epsilons: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], Anchor | None]:
+def outputs_and_anchor(kind: Kind, posterior: Posterior) -> tuple[dict[str, Tensor], Anchor | None]:
     r"""Computes something of each parameter, and what lets a divergence share the nodes of it.
 
     Arguments:
         kind: What to compute: draws :math:`\mu + \sigma \epsilon`, their deviations
             :math:`\sigma \epsilon` from the mean, or variances :math:`\sigma^2`.
         posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
-        epsilons: Where to put the noise :math:`\epsilon` of draws by name, if it is wanted.
 
     Returns:
         The tensors by name, all draws and such others as can be computed at once, and the anchor,
         if all can.
     """
     found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
-    anchors: list[tuple[_Group, Sequence[Tensor], _Moments]] = []
+    anchors: list[tuple[Group, Sequence[Tensor], Moments]] = []
     count = 0
-    for group in _groups(posterior):
+    for group in groups(posterior):
         names, means, logvars = group
         count += len(names)
-        noise: list[Tensor] | None = None if epsilons is None else []
         outputs: Sequence[Tensor] = ()
-        if not _by_formula(means):
-            moments: _Moments = []
-            *outputs, by, less = _Outputs.apply(kind, noise, moments, *means, *logvars)
+        if not by_formula(means):
+            moments: Moments = []
+            *outputs, by, less = Outputs.apply(kind, False, moments, *means, *logvars)
             if by.requires_grad:
                 anchors.append((group, (by, less), moments))
         elif kind != "variances":
-            noise = _noise(means)
             centers = means if kind == "draws" else map(torch.zeros_like, means)
-            outputs = list(map(gaussian.draw, centers, logvars, noise))
+            outputs = list(map(gaussian.draw, centers, logvars, noise(means)))
         found.update(zip(names, outputs, strict=False))
-        if epsilons is not None and noise is not None:
-            epsilons.update(zip(names, noise, strict=True))
     whole = sum(len(names) for (names, _, _), _, _ in anchors) == count
     return found, Anchor(anchors) if anchors and whole else None
-
-
-class Anchor:
-    """Where the gradient of a posterior's divergence can go: to the nodes of draws from it.
-
-    Arguments:
-        groups: The parameters of each node, with the two outputs that take the gradient, and what
-            the divergence can be computed from, if anything.
-    """
-
-    def __init__(self, groups: Sequence[tuple[_Group, Sequence[Tensor], _Moments]]) -> None:
-        self.groups = groups
-        self._parameters = [p for (_, m, v), _, _ in groups for p in (*m, *v)]
-        self._state = self._look()
-
-    def is_of(self, posterior: Posterior) -> bool:
-        """Tells whether the posterior is the one that was drawn from, and has not changed since."""
-        pairs = {id(p) for pair in posterior.values() for p in pair}
-        return pairs == set(map(id, self._parameters)) and self._look() == self._state
-
-    def _look(self) -> list[Any]:
-        kinds = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
-        return [*_versions(self._parameters), *kinds]
-
-
-class Latest:
-    """The anchor of the latest draws of a model, which copies and pickles do without."""
-
-    _anchor: Anchor | None = None
-
-    def put(self, anchor: Anchor | None, originals: Mapping[str, Tensor]) -> None:
-        """Keeps an anchor, while the base's own parameters stay what they are."""
-        self._anchor, self._versions = anchor, _versions([*originals.values()])
-
-    def take(self, originals: Mapping[str, Tensor]) -> Anchor | None:
-        """Returns the anchor once, unless the base, whose storage the means share, has changed."""
-        anchor, self._anchor = self._anchor, None
-        return anchor if anchor and self._versions == _versions([*originals.values()]) else None
-
-    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
-        return Latest, ()
 
 
 def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
@@ -146,8 +87,8 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
     if anchor and not transformed() and anchor.is_of(posterior):
         terms += [_anchored(prior_var, *group) for group in anchor.groups]
     else:
-        for _, means, logvars in _groups(posterior):
-            if _by_formula(means):
+        for _, means, logvars in groups(posterior):
+            if by_formula(means):
                 pairs = zip(means, logvars, strict=True)
                 terms.append(sum(gaussian.kl_divergence(*pair, prior_var) for pair in pairs))
             else:
@@ -160,11 +101,20 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
     return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
 
-def kl_divergences(posterior: Posterior, prior_var: float) -> dict[str, Tensor]:
+def kl_divergences(
+    posterior: Posterior, prior_var: float, anchor: Anchor | None = None
+) -> dict[str, Tensor]:
     r"""Returns :math:`D_{KL}(q \| p)` of each parameter by name, see :func:`kl_divergence`."""
     found: dict[str, Tensor] = {}
-    for names, means, logvars in _groups(posterior):
-        if _by_formula(means):
+    if anchor and not transformed() and anchor.is_of(posterior):
+        for (names, means, logvars), outputs, _ in anchor.groups:
+            with torch.no_grad():
+                values = _divergence_of_each((*means, *logvars), prior_var)
+            divergences = _zeros(prior_var, *outputs).add(values)
+            found.update(zip(names, divergences.unbind(), strict=True))
+        return found
+    for names, means, logvars in groups(posterior):
+        if by_formula(means):
             pairs = zip(means, logvars, strict=True)
             terms: Any = [gaussian.kl_divergence(*pair, prior_var) for pair in pairs]
         else:
@@ -174,72 +124,74 @@ def kl_divergences(posterior: Posterior, prior_var: float) -> dict[str, Tensor]:
     return found
 
 
-def _groups(posterior: Posterior) -> Iterator[_Group]:
-    """The names, means and log-variances of parameters that can be computed on together."""
-    groups: dict[Any, list[str]] = {}
+def groups(posterior: Posterior) -> Iterator[Group]:
+    """Returns the names, means and log-variances of what can be computed on together."""
+    found: dict[Any, list[str]] = {}
     for name, (mean, logvar) in posterior.items():
         dense = mean.is_contiguous() and logvar.is_contiguous()
-        groups.setdefault((mean.dtype, mean.device, dense), []).append(name)
-    for names in groups.values():
+        found.setdefault((mean.dtype, mean.device, dense), []).append(name)
+    for names in found.values():
         means, logvars = zip(*(posterior[name] for name in names), strict=True)
         yield names, means, logvars
 
 
-def _by_formula(means: Sequence[Tensor]) -> bool:
+def by_formula(means: Sequence[Tensor]) -> bool:
+    """Tells whether parameters need the formulas for one parameter."""
     mean = means[0]
     return transformed() or mean.dtype.itemsize < 4 or not mean.is_contiguous()
 
 
-def _noise(means: Sequence[Tensor]) -> list[Tensor]:
-    """Standard normal noise for several tensors, from one call of the generator."""
+def noise(means: Sequence[Tensor]) -> list[Tensor]:
+    """Returns standard normal noise for several tensors, from one call of the generator."""
     sizes = [mean.numel() for mean in means]
     flat = torch.randn(sum(sizes), dtype=means[0].dtype, device=means[0].device)
     return [part.view(m.shape) for part, m in zip(flat.split(sizes), means, strict=True)]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # what was made in inference mode has no version
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+class Outputs(torch.autograd.Function):
+    r"""Draws of several parameters or the like, and two numbers of each.
 
-
-class _Outputs(torch.autograd.Function):
-    """Draws of several parameters or the like, and the two numbers that are an anchor.
-
-    Its inputs are all μ and then all log σ². The gradient of the anchor says what a divergence adds
-    to theirs, see :func:`~pyro_bayes.slopes.slopes`.
+    Its inputs are all μ and then all log σ². The numbers are an anchor: their gradient says what a
+    divergence adds to that of the inputs, see :func:`~pyro_bayes.slopes.slopes`. If draws are
+    scored, they are half the sum of squares and the log-density of each draw.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, noise: list[Tensor] | None, moments: _Moments, *parameters: Tensor
+        ctx: Any, kind: Kind, scored: bool, moments: Moments, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
         outputs: list[Tensor] = []
         spreads = []
+        scores: list[Tensor] = []
         slices = parts(means)
         trains = any(ctx.needs_input_grad)
-        apart = kind == "draws" and trains
+        apart = kind == "draws" and (trains or scored)
         # Other devices would have to be waited for.
-        counts = trains and noise is None and means[0].device.type == "cpu"
+        counts = trains and not scored and means[0].device.type == "cpu"
         memory = room(means, slices, 2 if apart else 1)
         for part in slices:
             mean, logvar = gather(means[part]), gather(logvars[part])
             output, *kept = next(memory)
             spread = kept[0] if apart else output
-            epsilon = spread if noise is None else torch.empty_like(mean)
-            for m, v, e, s, o in blocks(mean, logvar, epsilon, spread, output):
+            score: Any = 0
+            for m, v, s, o in blocks(mean, logvar, spread, output):
                 if kind == "variances":
                     torch.exp(v, out=s)
                     variance = s.sum() if counts else None
                 else:
-                    e.normal_()
+                    s.normal_()
+                    if scored:
+                        torch.addcmul(v, s, s, out=o)
+                        sums = [own.sum() for own in _owned(o, means[part])]
                     scale = torch.mul(v, 0.5).exp_()
-                    torch.mul(e, scale, out=s)
+                    s.mul_(scale)
                     if kind == "draws":
                         torch.add(m, s, out=o)
+                    if scored:
+                        sums += [torch.dot(own, own) for own in _owned(o, means[part])]
+                        score = score + torch.stack(sums)
                     variance = torch.dot(scale, scale) if counts else None
                 if variance is not None:  # while the block is at hand
                     squares = float(torch.dot(m, m))
@@ -247,22 +199,26 @@ class _Outputs(torch.autograd.Function):
                     moments.append((len(v), squares, float(variance), float(v.sum()), largest))
             outputs += scatter(output, means[part])
             spreads.append(spread)
-            if noise is not None:
-                noise += scatter(epsilon, means[part])
+            if scored:
+                scores.append(score.view(2, -1))
         # Elsewhere, all parameters are one part, of which a copy would be large.
         small = count > 1 and len(slices) == 1 and means[0].device.type == "cpu"
         ctx.flat = (mean, logvar) if small else None
-        ctx.kind, ctx.moments = kind, moments
+        ctx.kind, ctx.scored, ctx.moments = kind, scored, moments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
-        ctx.parameters, ctx.versions, ctx.spreads = parameters, _versions(parameters), spreads
-        return *outputs, means[0].new_zeros(()), means[0].new_zeros(())
+        ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
+        if not scored:
+            return *outputs, means[0].new_zeros(count), means[0].new_zeros(count)
+        surprises, squares = torch.cat(scores, 1).mul_(0.5)
+        halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
+        return *outputs, squares, surprises.add_(halves).neg_()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         *of_outputs, by, less = grads
-        if _versions(ctx.parameters) != ctx.versions:
+        if versions(ctx.parameters) != ctx.versions:
             raise RuntimeError(
                 "Expected the posterior's parameters to be those that the weights were drawn with;"
                 " got others, changed in place. Call backward() before optimizer.step()."
@@ -270,21 +226,43 @@ class _Outputs(torch.autograd.Function):
         # Some optimisers change parameters without a trace, and steps come after this.
         known, ctx.flat = ctx.flat, None
         ctx.moments.clear()
-        slices = parts(ctx.parameters[: len(of_outputs)])
+        means = ctx.parameters[: len(of_outputs)]
+        slices = parts(means)
+        anchored = by is not None or less is not None
+        if ctx.scored and anchored:
+            by = torch.zeros_like(less) if by is None else by
+            less = torch.zeros_like(by) if less is None else -0.5 * less
         spreads: Sequence[Tensor] = ()
-        if any(grad is not None for grad in of_outputs):
+        if (ctx.scored and anchored) or any(grad is not None for grad in of_outputs):
             spreads = ctx.spreads or ctx.saved_tensors
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.spreads = None
-        if not spreads and by is None:
+        if not spreads and not anchored:
             return (None,) * len(ctx.needs_input_grad)
-        factors = [None if by is None else (by, less)] * len(slices)
-        found = slopes(ctx.parameters, slices, factors, ctx.kind, of_outputs, spreads, known)
+        factors = [(by[part], less[part]) if anchored else None for part in slices]
+        found = slopes(
+            ctx.parameters,
+            slices,
+            factors,
+            ctx.kind,
+            of_outputs,
+            spreads,
+            known,
+            of_squares=ctx.scored,
+        )
         # What no output depends on that was used gets none, as if each had a node of its own.
-        unused = [by is None and grad is None for grad in of_outputs]
-        alone = [by is None and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
+        unused = [not anchored and grad is None for grad in of_outputs]
+        alone = [not anchored and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
         kept = (None if u else s for u, s in zip(alone + unused, found, strict=True))
         return None, None, None, *kept
+
+
+def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The elements of each of several parameters side by side, or a block of one."""
+    if len(parameters) == 1:
+        return (block,)
+    sizes = [parameter.numel() for parameter in parameters]
+    return block.split(sizes)  # type: ignore[no-any-return]
 
 
 class _Divergences(torch.autograd.Function):
@@ -294,12 +272,7 @@ class _Divergences(torch.autograd.Function):
     def forward(ctx: Any, prior_var: float, slices: Sequence[slice], *parameters: Tensor) -> Tensor:
         ctx.prior_var, ctx.slices = prior_var, slices
         ctx.save_for_backward(*parameters)
-        totals = _divergences(parameters, prior_var, slices)
-        return (
-            parameters[0].new_tensor(totals)
-            if isinstance(totals[0], float)
-            else torch.stack(totals)
-        )
+        return _joined(_divergences(parameters, prior_var, slices), parameters[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
@@ -307,20 +280,22 @@ class _Divergences(torch.autograd.Function):
         return None, None, *slopes(ctx.saved_tensors, ctx.slices, list(factors))
 
 
-def _anchored(
-    prior_var: float, group: _Group, anchor: Sequence[Tensor], moments: _Moments
-) -> Tensor:
-    """The divergence of a group, whose gradient goes to an anchor: two zeros."""
+def _anchored(prior_var: float, group: Group, anchor: Sequence[Tensor], moments: Moments) -> Tensor:
+    """The divergence of a group, whose gradient goes to an anchor."""
     _, means, logvars = group
     total: Any = _divergence_by_moments(moments, prior_var)
     if total is None:
         with torch.no_grad():
             total = sum(_divergences((*means, *logvars), prior_var, parts(means)))
-    by, less = anchor
-    return by.mul(1 / prior_var).sub(less, alpha=0.5).add(total)
+    return _zeros(prior_var, *anchor).sum().add(total)
 
 
-def _divergence_by_moments(moments: _Moments, prior_var: float) -> float | None:
+def _zeros(prior_var: float, by: Tensor, less: Tensor) -> Tensor:
+    """What sends the gradient of the divergence of each parameter to an anchor, which is zeros."""
+    return by.mul(1 / prior_var).sub(less, alpha=0.5)
+
+
+def _divergence_by_moments(moments: Moments, prior_var: float) -> float | None:
     """The divergence, if moments give it to as many digits as the elements do."""
     shift, total = math.log(prior_var), 0.0
     for size, squares, variances, logvars, largest in tuple(moments):
@@ -353,6 +328,27 @@ def _divergences(
             total = total + number(torch.dot(m, m)) / prior_var
         totals.append(total * 0.5)
     return totals
+
+
+def _divergence_of_each(parameters: Sequence[Tensor], prior_var: float) -> Tensor:
+    """The divergence of each parameter."""
+    count = len(parameters) // 2
+    means, logvars = parameters[:count], parameters[count:]
+    number: Any = float if means[0].device.type == "cpu" else _itself
+    totals = []
+    for part in parts(means):
+        if len(means[part]) == 1:
+            totals += _divergences((*means[part], *logvars[part]), prior_var, [slice(0, 1)])
+            continue
+        mean, ratio = gather(means[part]), gather(logvars[part]) - math.log(prior_var)
+        terms = torch.expm1(ratio).sub_(ratio).addcmul_(mean, mean, value=1 / prior_var)
+        sizes = [m.numel() for m in means[part]]
+        totals += [number(term.sum()) * 0.5 for term in terms.split(sizes)]
+    return _joined(totals, means[0])
+
+
+def _joined(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    return like.new_tensor(numbers) if isinstance(numbers[0], float) else torch.stack([*numbers])
 
 
 def _itself(value: Any) -> Any:

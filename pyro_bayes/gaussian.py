@@ -1,4 +1,4 @@
-"""The arithmetic of one Gaussian tensor: a draw and a KL divergence."""
+"""The arithmetic of one Gaussian tensor: a draw, its density and a KL divergence."""
 
 from __future__ import annotations
 
@@ -32,6 +32,29 @@ def draw(mean: Tensor, logvar: Tensor, epsilon: Tensor | None = None) -> Tensor:
     if epsilon is None:
         epsilon = torch.randn_like(mean)
     return torch.addcmul(mean, (0.5 * logvar).exp(), epsilon)
+
+
+def log_density(logvar: Tensor, epsilon: Tensor) -> Tensor:
+    r"""Returns the log-density of a draw under its own Gaussian, summed.
+
+    .. math:: \log \mathcal{N}(\mu + \sigma \epsilon \mid \mu, \sigma^2)
+              = -\frac{1}{2} \sum_i \left( \epsilon_i^2 + \log \sigma_i^2 + \log 2 \pi \right)
+
+    Its dependence on the mean through the draw and through the density cancel.
+
+    Arguments:
+        logvar: The log-variances :math:`\log \sigma^2`, of any shape.
+        epsilon: The noise :math:`\epsilon` of the draw, of the same shape.
+
+    Returns:
+        A 0-dim tensor, in nats.
+
+    Example:
+        >>> log_density(torch.zeros(2), torch.ones(2))
+        tensor(-2.8379)
+    """
+    constant = epsilon.square().sum() + epsilon.numel() * math.log(2 * math.pi)
+    return -0.5 * (logvar.sum() + constant)
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor, prior_var: float | Tensor) -> Tensor:

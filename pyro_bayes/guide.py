@@ -12,8 +12,9 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
-from pyro_bayes import fused, store
+from pyro_bayes import store
 from pyro_bayes.prior import GaussianPrior, distinct_sites
+from pyro_bayes.scores import scored_draws
 from pyro_bayes.site import Posterior
 from pyro_bayes.tree import plant
 
@@ -106,8 +107,8 @@ class MeanField(AutoNormal):
         with distinct_sites():
             posterior = {site: self.statements(site) for site in self.sites}
             return {
-                site: pyro.sample(site, Posterior(*posterior[site], *drawn))
-                for site, drawn in fused.draws_and_noise(posterior).items()
+                site: pyro.sample(site, Posterior(*posterior[site], draw, log_prob))
+                for site, (draw, log_prob) in scored_draws(posterior).items()
             }
 
     def statements(self, site: str) -> tuple[Tensor, Tensor]:

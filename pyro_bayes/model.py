@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes import fused
+from pyro_bayes.anchor import Latest
 from pyro_bayes.batch_norm import warn_if_stale
 from pyro_bayes.checks import check_base, is_number
 from pyro_bayes.context import of_posterior
@@ -117,7 +118,7 @@ class BayesianModel(LiftedModule):
         super().__init__(base, prior, guide, choices)
         variances.follow(guide.posterior)
         self._init_logvar, self._prior_variances = float(init_logvar), variances
-        self._latest = fused.Latest()
+        self._latest = Latest()
 
     # Draws
 

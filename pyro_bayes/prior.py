@@ -13,10 +13,10 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
-from pyro_bayes import flat, fused
-from pyro_bayes.flat import transformed
+from pyro_bayes import fused
 from pyro_bayes.gaussian_tensor import GaussianTensor
 from pyro_bayes.prior_variance import Empirical, PriorVariances
+from pyro_bayes.scores import half_square
 from pyro_bayes.tree import plant
 
 
@@ -35,7 +35,7 @@ class GaussianSite:
         self._priors: dict[Any, Prior] = {}
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
-        like = module.get_buffer(self.like)
+        like: Any = module._buffers[self.like]  # get_buffer walks through Pyro's attributes
         rule = self.variances.rules[self.name]
         if isinstance(rule, Empirical):
             variance = torch.as_tensor(self.variances.present(self.name)).to(like)
@@ -66,10 +66,12 @@ class Prior(dist.Independent):
         scale = like.new_full((), variance**0.5)
         normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
         super().__init__(normal.expand(shape), len(shape), validate_args=False)
+        constant = -0.5 * shape.numel() * math.log(2 * math.pi * variance)
+        self._constant = like.new_full((), constant)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Prior:
         new = type(self).__new__(type(self))
-        new._variance = self._variance
+        new._variance, new._constant = self._variance, self._constant
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Any) -> Tensor:
@@ -80,13 +82,11 @@ class Prior(dist.Independent):
             else:
                 kl = divergences(self._variance)[value.parameter]
             return -kl.expand(self.batch_shape)
-        dims = tuple(range(-len(self.event_shape), 0))
-        constant = self.event_shape.numel() * math.log(2 * math.pi * self._variance)
-        if value.shape == self.event_shape and value.numel() > flat.BLOCK and not transformed():
-            squares: Tensor = _SquaredNorm.apply(value)
-        else:
-            squares = value.square().sum(dims) if dims else value.square()
-        return squares * (-0.5 / self._variance) - 0.5 * constant
+        half = half_square(value) if value.shape == self.event_shape else None
+        if half is None:
+            dims = tuple(range(-len(self.event_shape), 0))
+            half = 0.5 * (value.square().sum(dims) if dims else value.square())
+        return torch.sub(self._constant, half, alpha=1 / self._variance)
 
 
 class EmpiricalPrior(dist.Independent):
@@ -116,21 +116,6 @@ class EmpiricalPrior(dist.Independent):
         if isinstance(value, GaussianTensor):
             return -self._empirical.kl_divergence(*value.posterior).expand(self.batch_shape)
         return super().log_prob(value)  # type: ignore[no-any-return]
-
-
-class _SquaredNorm(torch.autograd.Function):
-    """The sum of squares of a large tensor, and its gradient, in one pass each."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        ctx.save_for_backward(value)
-        return torch.stack([torch.dot(v, v) for (v,) in flat.blocks(value.reshape(-1))]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Tensor:
-        value: Tensor = ctx.saved_tensors[0]
-        slope: Tensor = value * (2 * grad)
-        return slope
 
 
 class GaussianPrior(PyroModule):

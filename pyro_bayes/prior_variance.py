@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes import fused, gaussian
+from pyro_bayes.anchor import Anchor, Posterior
 from pyro_bayes.checks import check_prior_var
 from pyro_bayes.flat import transformed
 from pyro_bayes.selection import Choice, first_matches
@@ -154,12 +155,12 @@ class PriorVariances:
 
     def __init__(self, rules: Mapping[str, float | Empirical]) -> None:
         self.rules = dict(rules)
-        self._posterior: Callable[[], fused.Posterior] | None = None
+        self._posterior: Callable[[], Posterior] | None = None
         numbers = set(self.rules.values())
         only = next(iter(numbers))
         self._number = only if len(numbers) == 1 and not isinstance(only, Empirical) else None
 
-    def follow(self, posterior: Callable[[], fused.Posterior]) -> None:
+    def follow(self, posterior: Callable[[], Posterior]) -> None:
         r"""Tells empirical variances what to follow. Before, they are 1.
 
         Arguments:
@@ -176,9 +177,7 @@ class PriorVariances:
             return rule
         return 1.0 if self._posterior is None else rule.variance(*self._posterior()[name])
 
-    def kl_divergence(
-        self, posterior: fused.Posterior, anchor: fused.Anchor | None = None
-    ) -> Tensor:
+    def kl_divergence(self, posterior: Posterior, anchor: Anchor | None = None) -> Tensor:
         r"""Computes :math:`D_{KL}(q \| p)`, summed over all parameters.
 
         Arguments:
@@ -196,7 +195,7 @@ class PriorVariances:
         dtypes = {mean.dtype for mean, _ in posterior.values()}
         return total.to(dtypes.pop()) if len(dtypes) == 1 else total
 
-    def kl_divergences(self, posterior: fused.Posterior) -> dict[str, Tensor]:
+    def kl_divergences(self, posterior: Posterior) -> dict[str, Tensor]:
         r"""Computes :math:`D_{KL}(q \| p)` of each parameter by name."""
         found = self._empirical(posterior)
         for value, part in self._fixed(posterior):
@@ -216,7 +215,7 @@ class PriorVariances:
         rules = set(self.rules.values())
         return str(rules.pop()) if len(rules) == 1 else str(self.rules)
 
-    def _fixed(self, posterior: fused.Posterior) -> Iterator[tuple[float, fused.Posterior]]:
+    def _fixed(self, posterior: Posterior) -> Iterator[tuple[float, Posterior]]:
         """The parameters of each number."""
         parts: dict[float, dict[str, tuple[Tensor, Tensor]]] = {}
         for name, pair in posterior.items():
@@ -225,7 +224,7 @@ class PriorVariances:
                 parts.setdefault(rule, {})[name] = pair
         return iter(parts.items())
 
-    def _empirical(self, posterior: fused.Posterior) -> dict[str, Tensor]:
+    def _empirical(self, posterior: Posterior) -> dict[str, Tensor]:
         rules = ((name, self.rules[name]) for name in posterior)
         return {n: r.kl_divergence(*posterior[n]) for n, r in rules if isinstance(r, Empirical)}
 

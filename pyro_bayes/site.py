@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,42 +16,47 @@ class Posterior(dist.Independent):
     r"""The posterior :math:`\mathcal{N}(\mu, \sigma^2 I)` of one parameter, with a draw at hand.
 
     The first sample is that draw, or a :class:`~pyro_bayes.gaussian_tensor.GaussianTensor` that
-    stands for it. Of the draw :math:`\mu + \sigma \epsilon`, the log-density depends on
-    :math:`\log \sigma` only,
-
-    .. math:: \log q = -\frac{1}{2} \sum_i
-              \left( \epsilon_i^2 + \log \sigma_i^2 + \log 2 \pi \right),
-
-    since its dependence on :math:`\mu` through the draw and through the density cancel. Of a
-    Gaussian tensor, it is 0.
+    stands for it. The log-density of a Gaussian tensor is 0.
 
     Arguments:
         mean: The means :math:`\mu`.
         logvar: The log-variances :math:`\log \sigma^2`.
         draw: The draw.
-        noise: Its noise :math:`\epsilon`, if it is not a Gaussian tensor.
+        log_prob: Its log-density, if it is not a Gaussian tensor.
     """
 
+    has_rsample = True
+
     def __init__(
-        self, mean: Tensor, logvar: Tensor, draw: Tensor, noise: Tensor | None = None
+        self, mean: Tensor, logvar: Tensor, draw: Tensor, log_prob: Tensor | None = None
     ) -> None:
-        super().__init__(_Normal(mean, logvar, draw), mean.dim(), validate_args=False)
-        self._noise = noise
+        # What the base classes' constructors would do, of which most steps need nothing.
+        self._mean, self._logvar = mean, logvar
+        self._draw: Tensor | None = draw
+        self._log_prob = log_prob
+        self._batch_shape, self._event_shape = torch.Size(), mean.shape
+        self.reinterpreted_batch_ndims = mean.dim()
+
+    @lazy_property
+    def base_dist(self) -> _Normal:
+        return _Normal(self._mean, self._logvar, self._draw)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Posterior:
         new = type(self).__new__(type(self))
-        new._noise = None
+        new._log_prob = new._draw = None
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        if self._draw is not None and not sample_shape:
+            return self._draw
+        return super().rsample(sample_shape)
+
     def log_prob(self, value: Any) -> Tensor:
-        normal = self.base_dist
         if isinstance(value, GaussianTensor):
             return value.posterior[0].new_zeros(()).expand(self.batch_shape)
-        if value is not normal.draw or self._noise is None:
+        if value is not self._draw or self._log_prob is None:
             return super().log_prob(value)  # type: ignore[no-any-return]
-        with torch.no_grad():
-            constant = self._noise.square().sum().add_(value.numel() * math.log(2 * math.pi))
-        return torch.add(normal.logvar.sum(), constant).mul(-0.5)
+        return self._log_prob
 
 
 class _Normal(dist.Normal):

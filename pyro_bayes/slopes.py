@@ -21,19 +21,25 @@ def slopes(
     of_outputs: Sequence[Tensor | None] = (),
     spreads: Sequence[Tensor] = (),
     known: tuple[Tensor, Tensor] | None = None,
+    *,
+    of_squares: bool = False,
 ) -> list[Tensor | None]:
     r"""The gradients of all μ and then all log σ², from those of divergences and of outputs.
 
     That of :math:`\frac{a}{2} (\mu^2 + \sigma^2) + b \log \sigma^2`, with a divergence's factors a
     and b, one pair for each part, and that of outputs of which each spread is the deviation from
-    the mean, or the variance. The parameters may be known side by side.
+    the mean, or the variance. A factor is one number, or has one for each parameter of the part.
+    The parameters may be known side by side.
+
+    With `of_squares`, outputs are draws :math:`\theta`, and the first gradient is that of
+    :math:`\frac{a}{2} \theta^2 + b \log \sigma^2`.
     """
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
     weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
     of_outputs = [g.to_dense() if g is not None and g.is_sparse else g for g in of_outputs]
     if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
-        inputs = factors, kind == "draws", weight, of_outputs, spreads
+        inputs = factors, kind == "draws", weight, of_outputs, spreads, of_squares
         return _by_formula(means, logvars, slices, *inputs)
     of_means: list[Tensor | None] = []
     of_logvars: list[Tensor | None] = []
@@ -46,13 +52,23 @@ def slopes(
             pairs = zip(of_outputs[part], means[part], strict=True)
             grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
             flat += gather(grads), spreads[i]
-        factor = factors[i]
+        found = factors[i]
+        factor = found and (
+            _of_elements(found[0], means[part]),
+            _of_elements(found[1], means[part]),
+        )
         for m, v, of_m, of_v, *given in blocks(*flat):
             if factor is None:
                 torch.mul(*given, out=of_v).mul_(weight)
                 of_m.copy_(given[0])
                 continue
             by, less = factor
+            if of_squares:
+                grad, spread = given
+                draw = torch.add(m, spread, out=of_m)
+                torch.addcmul(grad, draw, by, out=of_m)
+                torch.addcmul(less, spread, of_m, value=weight, out=of_v)
+                continue
             torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
             if given:
                 of_v.addcmul_(*given, value=weight)
@@ -74,6 +90,7 @@ def _by_formula(
     weight: float,
     of_outputs: Sequence[Tensor | None],
     spreads: Sequence[Tensor],
+    of_squares: bool,
 ) -> list[Tensor | None]:
     """What :func:`slopes` returns, differentiable."""
     of_means: list[Any] = [torch.zeros_like(mean) for mean in means]
@@ -83,12 +100,34 @@ def _by_formula(
         spread = scatter(spreads[i], means[part]) if spreads else ()
         for k in range(*part.indices(len(means))):
             mean, logvar = means[k], logvars[k]
-            if factor is not None:
-                of_means[k] = of_means[k] + factor[0] * mean
-                of_logvars[k] = 0.5 * factor[0] * logvar.exp() + factor[1]
+            by, less = (_of_one(f, k - part.start) for f in factor or (None, None))
             grad = of_outputs[k] if spreads else None
-            if grad is not None:
+            if spreads:
                 varied = spread[k - part.start] * (weight * (logvar - logvar.detach())).exp()
+                if of_squares and by is not None:
+                    grad = by * (mean + varied) + (0 if grad is None else grad)
+            if by is not None and not of_squares:
+                of_means[k] = of_means[k] + by * mean
+                of_logvars[k] = of_logvars[k] + 0.5 * by * logvar.exp()
+            if less is not None:
+                of_logvars[k] = of_logvars[k] + less
+            if grad is not None:
                 of_means[k] = of_means[k] + grad if of_draws else of_means[k]
                 of_logvars[k] = of_logvars[k] + weight * grad * varied
     return of_means + of_logvars
+
+
+def _of_elements(factor: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A factor of each element of parameters side by side, one number if it is the same for all."""
+    if factor.dim() == 0:
+        return factor
+    same = factor.stride(0) == 0 or len(parameters) == 1
+    # Other devices would have to be waited for.
+    if same or (factor.device.type == "cpu" and len(set(factor.tolist())) == 1):
+        return factor[0]
+    pairs = zip(factor.unbind(), parameters, strict=True)
+    return gather([one.expand(parameter.shape) for one, parameter in pairs])
+
+
+def _of_one(factor: Tensor | None, index: int) -> Tensor | None:
+    return factor if factor is None or factor.dim() == 0 else factor[index]

@@ -52,18 +52,22 @@ def noisy(posterior, values):
     return tuple(fused.draws(rebuilt(posterior, values)).values())
 
 
+def noise_of(mean, logvar, draw):
+    return ((draw - mean) * (-0.5 * logvar).exp()).detach()
+
+
 def test_draws_are_those_of_the_formula(posterior, block):
     torch.manual_seed(1)
-    draws = fused.draws_and_noise(posterior)
+    draws = fused.draws(posterior)
     torch.manual_seed(1)
     noise = torch.randn(18, dtype=torch.float64)
     epsilons = dict(zip(SHAPES, noise.split([12, 5, 1]), strict=True))
     assert list(draws) == list(SHAPES)
-    for name, (draw, epsilon) in draws.items():
-        torch.testing.assert_close(draw, gaussian.draw(*posterior[name], epsilon))
-        if block > 18:
+    found = {name: noise_of(*posterior[name], draw) for name, draw in draws.items()}
+    if block > 18:
+        for name, epsilon in found.items():
             torch.testing.assert_close(epsilon, epsilons[name].view(SHAPES[name]))
-    assert len({e.item() for _, epsilon in draws.values() for e in epsilon.view(-1)}) == 18
+    assert len({e.item() for epsilon in found.values() for e in epsilon.view(-1)}) == 18
 
 
 def test_draws_are_the_same_with_and_without_a_graph(posterior):
@@ -120,8 +124,8 @@ def test_layouts_of_any_kind(dtype):
     weight = torch.randn(2, 3, 2, 2).to(**last).requires_grad_()
     bias = torch.randn(2, 3, 2, 2).to(dtype).requires_grad_()
     posterior = {"b": (bias, bias), "w": (weight, weight), "m": (weight, bias)}
-    for name, (draw, epsilon) in fused.draws_and_noise(posterior).items():
-        torch.testing.assert_close(draw, gaussian.draw(*posterior[name], epsilon))
+    for name, draw in fused.draws(posterior).items():
+        assert (draw.shape, draw.dtype) == (weight.shape, dtype)
         assert draw.is_contiguous(memory_format=torch.channels_last) == (name != "b")
     kl = fused.kl_divergence(posterior, 1.0)
     assert kl.dtype == dtype
@@ -325,7 +329,7 @@ def test_gradients_of_draws_and_a_divergence_of_the_same_posterior(posterior, or
         torch.manual_seed(1)
         draws, anchor = fused.outputs_and_anchor("draws", posterior)
         kl = fused.kl_divergence(posterior, 0.3, anchor if shared else None)
-        assert ("_OutputsBackward" in nodes(kl.grad_fn)) == shared
+        assert ("OutputsBackward" in nodes(kl.grad_fn)) == shared
         nll = draws["w"].square().sum() * draws["s"]  # "b" is not used
         for leaf in leaves(posterior):
             leaf.grad = None
