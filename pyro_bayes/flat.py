@@ -63,7 +63,11 @@ def scatter(side_by_side: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
         if len(like) == 1:
             return (side_by_side.view(like[0].shape),)
-        return _unflatten_dense_tensors(side_by_side, like)  # type: ignore[no-any-return]
+        found: Sequence[Tensor] = _unflatten_dense_tensors(side_by_side, like)
+        if all([tensor.numel() for tensor in like]):
+            return found
+        # Some releases of torch forget the shapes of what is empty.
+        return [part.view(tensor.shape) for part, tensor in zip(found, like, strict=True)]
 
 
 def room(tensors: Sequence[Tensor], parts: Sequence[slice], count: int) -> Iterator[Any]:
@@ -99,5 +103,7 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def transformed() -> bool:
     """Tells whether a compiler, a `torch.func` transform or forward differentiation is at work."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     return forward_ad._current_level >= 0
