@@ -42,34 +42,19 @@ class Signs(NamedTuple):
     bias: Tensor
 
 
-def with_local_noise(
-    map: Map, draw: Callable[[Tensor], Tensor], x: Tensor, *moments: Tensor | None
-) -> Tensor:
+class LocalNoise(torch.autograd.Function):
     r"""Returns :math:`f(x, \mu_w, \mu_b) + \sqrt{f(x^2, \sigma_w^2, \sigma_b^2)} \odot \epsilon`.
 
     Arguments:
         map: The map :math:`f`.
         draw: Returns the noise :math:`\epsilon` for an output.
         x: The input.
-        moments: The means of weight and bias, and then their variances.
+        weight: The mean of the weight.
+        bias: The mean of the bias, or `None`.
+        weight_variance: The variance of the weight.
+        bias_variance: The variance of the bias, or `None`.
     """
-    return _Local.apply(map, draw, x, *moments)  # type: ignore[no-any-return]
 
-
-def with_flipped_signs(map: Map, signs: Signs, x: Tensor, *moments: Tensor | None) -> Tensor:
-    r"""Returns :math:`f(x, \mu_w, \mu_b) + s^{out} f(s^{in} x, \Delta_w, 0) + s^b \Delta_b`.
-
-    Arguments:
-        map: The map :math:`f`.
-        signs: Returns the signs :math:`s` for an output.
-        x: The input.
-        moments: The means of weight and bias, and then their deviations :math:`\Delta`; that of
-            the bias has dimensions of size 1 for those that it lacks of the output on the right.
-    """
-    return _Flipped.apply(map, signs, x, *moments)  # type: ignore[no-any-return]
-
-
-class _Local(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -117,7 +102,20 @@ class _Local(torch.autograd.Function):
         return None, None, first, *means, *halves
 
 
-class _Flipped(torch.autograd.Function):
+class FlippedSigns(torch.autograd.Function):
+    r"""Returns :math:`f(x, \mu_w, \mu_b) + s^{out} f(s^{in} x, \Delta_w, 0) + s^b \Delta_b`.
+
+    Arguments:
+        map: The map :math:`f`.
+        draw: Returns the signs :math:`s` for an output.
+        x: The input.
+        weight: The mean of the weight.
+        bias: The mean of the bias, or `None`.
+        weight_change: The weight's deviation from the mean.
+        bias_change: That of the bias, or `None`. It has a dimension of size 1 for each dimension of
+            the output that it lacks on the right.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.affine import Map, Signs, Slopes, with_flipped_signs, with_local_noise
+from pyro_bayes.affine import FlippedSigns, LocalNoise, Map, Signs, Slopes
 from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import (
     GaussianTensor,
@@ -76,7 +76,7 @@ def affine(
         return NotImplemented
     weight, bias = as_usable(operator, weight), as_usable(operator, bias)
     if slopes is not None and isinstance(weight, GaussianTensor):
-        given = (*inputs, weight, bias, example, into, out, channel)
+        given: Any = (*inputs, weight, bias, example, into, out, channel)
         node = _one_node(operator, Map(apply, slopes), *given)
         if node is not None:
             return node
@@ -134,9 +134,8 @@ def _one_node(
         _note(sources)
         source = (operator, *[s.key for s in sources])
         spreads = (variance_of(weight), variance_of(bias) if random else None)
-        return with_local_noise(
-            map, lambda like: noise.normal(source, like, example), x, *means, *spreads
-        )
+        given: Any = (map, lambda like: noise.normal(source, like, example), x, *means, *spreads)
+        return LocalNoise.apply(*given)  # type: ignore[no-any-return]
     count = 1 if example is None else x.shape[example]
     ((first, (_, from_dim)),), ((last, to_dim),) = into.items(), out.items()
     columns, rows = weight.signs(first, count), weight.signs(last, count)
@@ -153,7 +152,8 @@ def _one_node(
         of_bias = output.new_ones(()) if own is None else along(own, output, channel)
         return Signs(along(columns, x, from_dim), along(rows, output, to_dim), of_bias)
 
-    return with_flipped_signs(map, signs, x, *means, change_of(weight), change)
+    given = (map, signs, x, *means, change_of(weight), change)
+    return FlippedSigns.apply(*given)  # type: ignore[no-any-return]
 
 
 def noisy(

@@ -38,10 +38,11 @@ def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
 def _slopes(
     grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    columns = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     return (
         torch.matmul(grad, weight) if needed[0] else None,
-        rows.t().mm(input.reshape(-1, input.shape[-1])) if needed[1] else None,
+        rows.t().mm(columns) if needed[1] else None,
         rows.sum(0) if needed[2] else None,
     )
 
