@@ -358,6 +358,48 @@ def test_gradients_of_some_are_those_among_all(frozen, local_trick):
         torch.testing.assert_close(gradient, every[key])
 
 
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_gradients_under_autocast(local_trick):
+    bnn, x = BayesianModel(nn.Linear(8, 4), init_logvar=-2.0), torch.randn(16, 8)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=local_trick) as model:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = model(x)
+            found.append(torch.autograd.grad(output.float().square().sum(), [*bnn.parameters()]))
+    assert output.dtype == torch.bfloat16
+    for exact, cast in zip(*found, strict=True):
+        torch.testing.assert_close(cast, exact, rtol=0.0, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_signs_are_balanced_and_independent(dtype):
+    count = 20_001
+    signs = ContextNoise("flipout").signs(("w", "0"), count, 50, torch.empty((), dtype=dtype))
+    assert signs.dtype == dtype
+    assert signs.shape == (count, 50)
+    assert (signs.abs() == 1).all()
+    products = signs.double().T @ signs.double() / count
+    assert (products - torch.eye(50)).abs().max() < 5.5 / count**0.5
+    assert (signs.double().mean(0)).abs().max() < 5.5 / count**0.5
+
+
+def test_draw_made_without_gradients_has_those_of_a_draw_made_with():
+    bnn, found = BayesianModel(nn.Linear(3, 2), init_logvar=-2.0), []
+    parameters = [bnn.means.weight, bnn.logvars.weight]
+    for early in (False, True):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=True) as model:
+            with torch.set_grad_enabled(not early):
+                first = model.weight.sin()
+            again = model.weight.sin()
+        torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
+        found.append(torch.autograd.grad(again.sum(), parameters))
+    for with_gradients, without in zip(*found, strict=True):
+        torch.testing.assert_close(without, with_gradients)
+
+
 def test_second_derivatives_where_there_is_no_variance():
     bnn = BayesianModel(nn.Linear(3, 2, bias=False), init_logvar=-2.0)
     x = torch.zeros(4, 3, requires_grad=True)
