@@ -131,7 +131,7 @@ class FlippedSigns(torch.autograd.Function):
         signs = draw(output)
         output.addcmul_(map.apply(x * signs.input, weight_change, None), signs.output)
         if bias_change is not None:
-            output.addcmul_(bias_change, signs.bias)
+            output.add_(bias_change * signs.bias)
             ctx.shape = bias_change.shape
         ctx.map = map
         ctx.save_for_backward(x, weight, weight_change, *signs)
@@ -147,5 +147,8 @@ class FlippedSigns(torch.autograd.Function):
         )
         if needs_x:
             first = first.addcmul_(second, signs)
-        bias = (grad * of_bias).sum_to_size(ctx.shape) if needs_bias else None
+        bias = None
+        if needs_bias:  # what shares a sign is summed first
+            shape = torch.broadcast_shapes(of_bias.shape, ctx.shape)
+            bias = (grad.sum_to_size(shape) * of_bias).sum_to_size(ctx.shape)
         return None, None, first, *rest, change, bias
