@@ -8,14 +8,14 @@ from torch import Tensor
 
 from pyro_bayes import fused
 from pyro_bayes.anchor import Anchor
-from pyro_bayes.gaussian_tensor import GaussianTensor
+from pyro_bayes.gaussian_tensor import GaussianTensor, Moment
 from pyro_bayes.noise import ContextNoise, Estimator
 from pyro_bayes.slopes import Kind
 
-_KINDS: dict[Estimator, Kind] = {
-    "weights": "draws",
-    "flipout": "deviations",
-    "local": "variances",
+_KINDS: dict[Estimator, tuple[Kind, Moment]] = {
+    "weights": ("draws", "draw"),
+    "flipout": ("deviations", "change"),
+    "local": ("variances", "variance"),
 }
 
 
@@ -28,19 +28,10 @@ def of_posterior(
         posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
         noise: The noise of the context.
     """
-    known: dict[str, dict[str, Tensor]] = {"draws": {}, "deviations": {}, "variances": {}}
-    kind = _KINDS[noise.estimator]
-    known[kind], anchor = fused.outputs_and_anchor(kind, posterior)
-    draws, deviations, spreads = known.values()
+    kind, moment = _KINDS[noise.estimator]
+    found, anchor = fused.outputs_and_anchor(kind, posterior)
     values = {
-        name: GaussianTensor.of(
-            *q,
-            name,
-            noise,
-            draw=draws.get(name),
-            deviation=deviations.get(name),
-            spread=spreads.get(name),
-        )
+        name: GaussianTensor.of(*q, name, noise, {moment: found[name]} if name in found else None)
         for name, q in posterior.items()
     }
     return values, anchor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.affine import FlippedSigns, LocalNoise, Map, Signs, Slopes
 from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import (
     GaussianTensor,
@@ -31,6 +32,7 @@ def affine(
     into: Mapping[int, tuple[int, int]],
     out: Mapping[int, int],
     channel: int = -1,
+    slopes: Slopes | None = None,
 ) -> Any:
     r"""Draws the output of an operator that is linear in its weight and its bias.
 
@@ -56,6 +58,7 @@ def affine(
         out: By dimension of the weight, the dimension of the output that it becomes.
         channel: The dimension of the output that the last dimension of the bias becomes, counted
             from the right.
+        slopes: The operator's gradients in closed form, if it has one input.
 
     Returns:
         The output.
@@ -72,6 +75,11 @@ def affine(
     if any(x.layout is not torch.strided for x in inputs):
         return NotImplemented
     weight, bias = as_usable(operator, weight), as_usable(operator, bias)
+    if slopes is not None and isinstance(weight, GaussianTensor):
+        given: Any = (*inputs, weight, bias, example, into, out, channel)
+        node = _one_node(operator, Map(apply, slopes), *given)
+        if node is not None:
+            return node
     mean = apply(*inputs, mean_of(weight), mean_of(bias))
     gaussians = gaussians_in((weight, bias))
     if not gaussians:
@@ -103,6 +111,51 @@ def affine(
     return noisy(operator, mean, gaussians, variance=variance, change=change, example=example)
 
 
+def _one_node(
+    operator: str,
+    map: Map,
+    x: Tensor,
+    weight: GaussianTensor,
+    bias: Any,
+    example: int | None,
+    into: Mapping[int, tuple[int, int]],
+    out: Mapping[int, int],
+    channel: int,
+) -> Tensor | None:
+    """What :func:`affine` returns, with gradients in closed form, or `None` if it cannot."""
+    mean, noise = mean_of(weight), weight.noise
+    plain = x.dtype == mean.dtype and x.dtype.itemsize >= 4
+    if not plain or transformed() or torch.is_autocast_enabled(x.device.type):
+        return None
+    random = isinstance(bias, GaussianTensor)
+    sources = (weight, bias) if random else (weight,)
+    means = (mean, mean_of(bias))
+    if noise.estimator == "local":
+        _note(sources)
+        source = (operator, *[s.key for s in sources])
+        spreads = (variance_of(weight), variance_of(bias) if random else None)
+        given: Any = (map, lambda like: noise.normal(source, like, example), x, *means, *spreads)
+        return LocalNoise.apply(*given)  # type: ignore[no-any-return]
+    count = 1 if example is None else x.shape[example]
+    ((first, (_, from_dim)),), ((last, to_dim),) = into.items(), out.items()
+    columns, rows = weight.signs(first, count), weight.signs(last, count)
+    if columns is None or rows is None:
+        return None
+    _note(sources)
+    own = bias.signs(0, count) if random else None
+    change = _trail(change_of(bias), -channel - 1) if random else None
+
+    def signs(output: Tensor) -> Signs:
+        def along(signs: Tensor, like: Tensor, dim: int) -> Tensor:
+            return _along(signs, like.dim(), example, dim, like.shape[dim])
+
+        of_bias = output.new_ones(()) if own is None else along(own, output, channel)
+        return Signs(along(columns, x, from_dim), along(rows, output, to_dim), of_bias)
+
+    given = (map, signs, x, *means, change_of(weight), change)
+    return FlippedSigns.apply(*given)  # type: ignore[no-any-return]
+
+
 def noisy(
     operator: str,
     mean: Tensor,
@@ -125,8 +178,7 @@ def noisy(
         example: The dimension of the output that counts examples, if there is one.
     """
     noise = sources[0].noise
-    for source in sources:
-        noise.note(source.parameter, noise.estimator)
+    _note(sources)
     if noise.estimator == "flipout":
         return mean + change().to(mean.dtype)
     spread = variance()
@@ -137,6 +189,11 @@ def noisy(
         scale = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt().to(mean.dtype)
         return torch.addcmul(mean, scale, epsilon)
     return _Noisy.apply(mean, spread, epsilon)[0]  # type: ignore[no-any-return]
+
+
+def _note(sources: Sequence[GaussianTensor]) -> None:
+    for source in sources:
+        source.noise.note(source.parameter, source.noise.estimator)
 
 
 class _Noisy(torch.autograd.Function):
@@ -244,15 +301,21 @@ def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) ->
     dim = dim % value.dim()
     if dim == example:  # the tensor has one value for all examples
         return value * signs.view([-1 if d == example else 1 for d in range(value.dim())])
-    # The groups of a convolution share a weight's dimension.
-    size = value.shape[dim]
-    signs = signs if size == signs.shape[1] else signs.repeat(1, size // signs.shape[1])
-    shape = [1] * value.dim()
-    shape[dim] = size
+    return value * _along(signs, value.dim(), example, dim, value.shape[dim])
+
+
+def _along(signs: Tensor, dims: int, example: int | None, dim: int, size: int) -> Tensor:
+    """Returns each example's signs along a dimension, to be broadcast to a tensor's dimensions."""
+    count, length = signs.shape
+    if size != length:
+        # The groups of a convolution share a weight's dimension.
+        signs, length = signs.repeat(1, size // length), size
+    shape = [1] * dims
+    shape[dim] = length
     if example is None:
-        return value * signs.view(shape)
-    shape[example] = len(signs)
-    return value * (signs if example < dim else signs.T).reshape(shape)
+        return signs.view(shape)
+    shape[example] = count
+    return (signs if example < dim % dims else signs.T).reshape(shape)
 
 
 def _trail(value: Tensor, count: int) -> Tensor:

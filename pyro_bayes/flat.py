@@ -104,6 +104,6 @@ def transformed() -> bool:
     """Tells whether a compiler, a `torch.func` transform or forward differentiation is at work."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return True
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     return forward_ad._current_level >= 0

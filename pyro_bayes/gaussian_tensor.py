@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +30,11 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     return register
 
 
+Moment: TypeAlias = Literal["variance", "draw", "change"]
+r"""The variances :math:`\sigma^2`, one ordinary draw, the same at each call, and that draw less the
+mean, :math:`\sigma \epsilon`."""
+
+
 class Axis(NamedTuple):
     """Along one dimension of a tensor, which signs of its parameter flipout takes.
 
@@ -54,13 +58,12 @@ class GaussianTensor(torch.Tensor):
 
     Arguments:
         mean: The means :math:`\mu`.
-        variance: Returns the variances :math:`\sigma^2`, of the same shape.
-        sample: Returns one ordinary draw, the same at each call.
-        change: Returns the draw less the mean, :math:`\sigma \epsilon`.
+        known: What is known of its moments from the start, see :data:`Moment`.
+        make: Computes a moment when it is first needed; by default, from the posterior.
         parameter: The name of the parameter it comes from.
         key: What tells it from other tensors that come from the same parameter.
         axes: The signs that flipout takes along each dimension, if any; `None` if they cannot be
-            told by dimension any more.
+            told by dimension any more. By default, those of the whole parameter.
         noise: The noise of the context.
         posterior: :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
     """
@@ -75,29 +78,18 @@ class GaussianTensor(torch.Tensor):
     def __init__(
         self,
         mean: Tensor,
-        variance: Callable[[], Tensor],
-        sample: Callable[[], Tensor],
-        change: Callable[[], Tensor],
+        known: dict[Moment, Tensor],
+        make: Callable[[Moment], Tensor] | None = None,
         *,
         parameter: str,
         key: str,
-        axes: tuple[Axis | None, ...] | None,
+        axes: tuple[Axis | None, ...] | None = None,
         noise: ContextNoise,
         posterior: tuple[Tensor, Tensor],
     ) -> None:
-        self.posterior = posterior
-        self._mean, self.parameter, self.key, self.axes, self.noise = (
-            mean,
-            parameter,
-            key,
-            axes,
-            noise,
-        )
-        # The parameter's own moments serve the whole context; others, the place where it is made.
-        outside = noise.outside if mean is posterior[0] else nullcontext
-        self._get_variance = _Once(variance, posterior, outside)
-        self._get_sample = _Once(sample, posterior, outside)
-        self._get_change = _Once(change, posterior, outside)
+        self._mean, self._known, self._make, self._axes = mean, known, make, axes
+        self.parameter, self.key, self.noise, self.posterior = parameter, key, noise, posterior
+        self._logvar = posterior[1]
 
     @classmethod
     def of(
@@ -106,10 +98,7 @@ class GaussianTensor(torch.Tensor):
         logvar: Tensor,
         name: str,
         noise: ContextNoise,
-        *,
-        draw: Tensor | None = None,
-        deviation: Tensor | None = None,
-        spread: Tensor | None = None,
+        known: dict[Moment, Tensor] | None = None,
     ) -> GaussianTensor:
         r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`.
 
@@ -118,47 +107,54 @@ class GaussianTensor(torch.Tensor):
             logvar: The log-variances :math:`\log \sigma^2`.
             name: The name of the parameter.
             noise: The noise of the context.
-            draw: Its one draw, if it is known.
-            deviation: That draw less the mean, if it is known.
-            spread: The variances :math:`\sigma^2`, if they are known.
+            known: What is known of its moments.
         """
+        posterior = (mean, logvar)
+        return cls(mean, known or {}, parameter=name, key=name, noise=noise, posterior=posterior)
 
-        def sample() -> Tensor:
-            if draw is not None:
-                return draw
-            if deviation is not None:
-                return mean + change()
-            return gaussian.draw(mean, logvar, noise.of_parameter(name, mean))
+    def moment(self, name: Moment) -> Tensor:
+        """Returns a moment: once computed, the same, unless it had no gradient and needs one."""
+        known = self._known.get(name)
+        if known is not None and (known.requires_grad or not self._trains()):
+            return known
+        if self._make is not None:
+            value = self._make(name)
+        else:  # it serves the whole context, not only the place where it is made
+            with self.noise.outside():
+                value = self._of_posterior(name, known)
+        if name != "change" or known is None:  # the draw has a graph of its own
+            self._known[name] = value
+        return value
 
-        def variance() -> Tensor:
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior)
+
+    def _of_posterior(self, name: Moment, known: Tensor | None) -> Tensor:
+        mean, logvar = self._mean, self._logvar
+        if name == "variance":
             # Half precision has no small variances.
             return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
-
-        def change() -> Tensor:
-            if deviation is None:
-                return (0.5 * logvar).exp() * noise.of_parameter(name, mean)
-            if deviation.requires_grad or not torch.is_grad_enabled():
-                return deviation
+        if known is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            return deviation.clone() * (0.5 * (logvar - logvar.detach())).exp()
+            known, one = known.clone(), (0.5 * (logvar - logvar.detach())).exp()
+            if name == "change":
+                return known * one
+            return known + (mean - mean.detach()) + (known - mean).detach() * (one - 1)
+        if name == "change":
+            return (0.5 * logvar).exp() * self.noise.of_parameter(self.parameter, mean)
+        if "change" in self._known:
+            return mean + self.moment("change")
+        return gaussian.draw(mean, logvar, self.noise.of_parameter(self.parameter, mean))
 
-        axes: list[Axis | None] = [
-            Axis(((name, str(dim)),), (size,), (None,)) if dim < 2 else None
-            for dim, size in enumerate(mean.shape)
-        ]
-        made = cls(
-            mean,
-            variance,
-            sample,
-            change,
-            parameter=name,
-            key=name,
-            axes=tuple(axes),
-            noise=noise,
-            posterior=(mean, logvar),
-        )
-        made._get_variance.value, made._get_change.value = spread, deviation
-        return made
+    @property
+    def axes(self) -> tuple[Axis | None, ...] | None:
+        """The signs that flipout takes along each dimension."""
+        if self._axes is None and self._make is None:
+            self._axes = tuple(
+                Axis(((self.parameter, str(dim)),), (size,), (None,)) if dim < 2 else None
+                for dim, size in enumerate(self._mean.shape)
+            )
+        return self._axes
 
     def batched(self, shape: torch.Size) -> GaussianTensor:
         """Returns independent copies of the whole parameter, for several draws at a time.
@@ -175,42 +171,42 @@ class GaussianTensor(torch.Tensor):
         self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
     ) -> GaussianTensor:
         """Returns what an operator that only arranges elements makes of the tensor."""
-        return GaussianTensor(
-            operator(self._mean),
-            lambda: operator(variance_of(self)),
-            lambda: operator(drawn(self)),
-            lambda: operator(change_of(self)),
-            parameter=self.parameter,
-            key=key,
-            axes=axes,
-            noise=self.noise,
-            posterior=self.posterior,
+        return self._derived(
+            operator(self._mean), lambda name: operator(self.moment(name)), key, axes
         )
 
     def times(self, factor: Tensor | float) -> GaussianTensor:
         """Returns the product with a constant of the same shape, or one that broadcasts to it."""
-        return GaussianTensor(
-            self._mean * factor,
-            lambda: variance_of(self) * factor * factor,
-            lambda: drawn(self) * factor,
-            lambda: change_of(self) * factor,
-            parameter=self.parameter,
-            key=f"{self.key}*{self.noise.token(self.key, factor)}",
-            axes=self.axes,
-            noise=self.noise,
-            posterior=self.posterior,
-        )
+
+        def make(name: Moment) -> Tensor:
+            product = self.moment(name) * factor
+            return product * factor if name == "variance" else product
+
+        key = f"{self.key}*{self.noise.token(self.key, factor)}"
+        return self._derived(self._mean * factor, make, key, self.axes)
 
     def plus(self, term: Tensor | float) -> GaussianTensor:
         """Returns the sum with a constant of the same shape, or one that broadcasts to it."""
+
+        def make(name: Moment) -> Tensor:
+            return self.moment(name) + term if name == "draw" else self.moment(name)
+
+        return self._derived(self._mean + term, make, self.key, self.axes)
+
+    def _derived(
+        self,
+        mean: Tensor,
+        make: Callable[[Moment], Tensor],
+        key: str,
+        axes: tuple[Axis | None, ...] | None,
+    ) -> GaussianTensor:
         return GaussianTensor(
-            self._mean + term,
-            lambda: variance_of(self),
-            lambda: drawn(self) + term,
-            lambda: change_of(self),
+            mean,
+            {},
+            make,
             parameter=self.parameter,
-            key=self.key,
-            axes=self.axes,
+            key=key,
+            axes=axes,
             noise=self.noise,
             posterior=self.posterior,
         )
@@ -277,26 +273,6 @@ class GaussianTensor(torch.Tensor):
         )
 
 
-class _Once:
-    """A tensor that is computed when it is first needed, and again if it then had no gradient."""
-
-    def __init__(
-        self,
-        compute: Callable[[], Tensor],
-        sources: tuple[Tensor, ...],
-        outside: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._compute, self._sources, self._outside = compute, sources, outside
-        self.value: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        wanted = torch.is_grad_enabled() and any(s.requires_grad for s in self._sources)
-        if self.value is None or (wanted and not self.value.requires_grad):
-            with self._outside():
-                self.value = self._compute()
-        return self.value
-
-
 def mean_of(value: Any) -> Any:
     """Returns the mean of a Gaussian tensor, and anything else as it is."""
     return value._mean if isinstance(value, GaussianTensor) else value
@@ -304,17 +280,17 @@ def mean_of(value: Any) -> Any:
 
 def variance_of(value: GaussianTensor) -> Tensor:
     """Returns the variance of a Gaussian tensor."""
-    return value._get_variance()
+    return value.moment("variance")
 
 
 def drawn(value: Any) -> Any:
     """Returns the one draw of a Gaussian tensor in this context, and anything else as it is."""
-    return value._get_sample() if isinstance(value, GaussianTensor) else value
+    return value.moment("draw") if isinstance(value, GaussianTensor) else value
 
 
 def change_of(value: GaussianTensor) -> Tensor:
     """Returns the one draw of a Gaussian tensor less its mean."""
-    return value._get_change()
+    return value.moment("change")
 
 
 def gaussians_in(values: Iterable[Any]) -> list[GaussianTensor]:

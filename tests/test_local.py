@@ -304,6 +304,102 @@ def test_second_derivatives_at_fixed_noise():
     assert torch.autograd.gradgradcheck(loss, (x, *parameters))
 
 
+LAYERS = {
+    "linear": (nn.Linear(3, 2), (4, 3)),
+    "sequence": (nn.Linear(3, 2, bias=False), (2, 4, 3)),
+    "one example": (nn.Linear(3, 2), (3,)),
+    "convolution": (nn.Conv2d(2, 4, (3, 2), 2, (1, 0), dilation=(1, 2), groups=2), (3, 2, 5, 5)),
+    "padded": (nn.Conv1d(2, 3, 3, padding="same"), (3, 2, 5)),
+    "transposed": (nn.ConvTranspose2d(2, 4, 3, 2, 1, (1, 0), 2), (3, 2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS)
+def test_closed_forms_are_the_derivatives(layer, shape, local_trick):
+    bnn = BayesianModel(copy.deepcopy(layer).double(), init_logvar=-2.0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    parameters = list(bnn.guide.parameters())
+
+    def output(x, *_):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=local_trick) as model:
+            return model(x).tanh()
+
+    assert torch.autograd.gradcheck(output, (x, *parameters))
+    assert torch.autograd.gradgradcheck(output, (x, *parameters))
+    with bnn.reparameterize(local_trick=local_trick) as model:
+        (slope,) = torch.autograd.grad(model(x).tanh().sum(), x)
+        same = torch.func.grad(lambda x: model(x).tanh().sum())(x)  # which uses no closed form
+    torch.testing.assert_close(slope, same)
+
+
+@pytest.mark.parametrize("frozen", ["means", "logvars", "input"])
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_gradients_of_some_are_those_among_all(frozen, local_trick):
+    bnn = BayesianModel(nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(9, 2)))
+    x = torch.randn(4, 2, 5, requires_grad=True)
+    sources = {"input": [x], "means": [*bnn.means.parameters()]}
+    sources["logvars"] = [*bnn.logvars.parameters()]
+
+    def gradients():
+        torch.manual_seed(1)
+        wanted = [p for group in sources.values() for p in group if p.requires_grad]
+        with bnn.reparameterize(local_trick=local_trick) as model:
+            found = torch.autograd.grad(model(x).square().sum(), wanted)
+        return {id(p): g for p, g in zip(wanted, found, strict=True)}
+
+    every = gradients()
+    for source in sources[frozen]:
+        source.requires_grad_(False)
+    some = gradients()
+    assert len(some) == len(every) - len(sources[frozen])
+    for key, gradient in some.items():
+        torch.testing.assert_close(gradient, every[key])
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_gradients_under_autocast(local_trick):
+    bnn, x = BayesianModel(nn.Linear(8, 4), init_logvar=-2.0), torch.randn(16, 8)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=local_trick) as model:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = model(x)
+            found.append(torch.autograd.grad(output.float().square().sum(), [*bnn.parameters()]))
+    assert output.dtype == torch.bfloat16
+    for exact, cast in zip(*found, strict=True):
+        torch.testing.assert_close(cast, exact, rtol=0.0, atol=0.1 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_signs_are_balanced_and_independent(dtype):
+    count = 20_001
+    signs = ContextNoise("flipout").signs(("w", "0"), count, 50, torch.empty((), dtype=dtype))
+    assert signs.dtype == dtype
+    assert signs.shape == (count, 50)
+    assert (signs.abs() == 1).all()
+    products = signs.double().T @ signs.double() / count
+    assert (products - torch.eye(50)).abs().max() < 5.5 / count**0.5
+    assert (signs.double().mean(0)).abs().max() < 5.5 / count**0.5
+
+
+def test_draw_made_without_gradients_has_those_of_a_draw_made_with():
+    bnn, found = BayesianModel(nn.Linear(3, 2), init_logvar=-2.0), []
+    parameters = [bnn.means.weight, bnn.logvars.weight]
+    for early in (False, True):
+        torch.manual_seed(1)
+        with bnn.reparameterize(local_trick=True) as model:
+            with torch.set_grad_enabled(not early):
+                first = model.weight.sin()
+            again = model.weight.sin()
+        torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
+        found.append(torch.autograd.grad(again.sum(), parameters))
+    for with_gradients, without in zip(*found, strict=True):
+        torch.testing.assert_close(without, with_gradients)
+
+
 def test_second_derivatives_where_there_is_no_variance():
     bnn = BayesianModel(nn.Linear(3, 2, bias=False), init_logvar=-2.0)
     x = torch.zeros(4, 3, requires_grad=True)

@@ -11,6 +11,7 @@ from pyro.infer import (
     MCMC,
     NUTS,
     SVI,
+    JitTrace_ELBO,
     Predictive,
     RenyiELBO,
     Trace_ELBO,
@@ -72,6 +73,20 @@ def test_svi_trains(bnn, data, module_local, elbo, batch_size):
         svi.step(*data)
     assert sum(svi.evaluate_loss(*data) for _ in range(20)) < first
     assert all(not torch.equal(p, before[name]) for name, p in bnn.named_parameters())
+
+
+def test_traced_elbo_has_the_same_gradients(net, data):
+    bnn = BayesianModel(net, init_logvar=-40.0)  # draws are the means, up to rounding
+    parameters = list(bnn.parameters())
+
+    def gradients(elbo):
+        elbo.loss_and_grads(make_model(bnn), bnn.guide, *data)
+        found = [parameter.grad for parameter in parameters]
+        bnn.zero_grad()
+        return found
+
+    traced = gradients(JitTrace_ELBO(ignore_jit_warnings=True))
+    torch.testing.assert_close(traced, gradients(Trace_ELBO()))
 
 
 @pytest.mark.parametrize("vectorize", [False, True])

@@ -23,7 +23,27 @@ def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
     if weight.dim() < 2:
         return NotImplemented
     return affine(
-        "linear", F.linear, (input,), weight, bias, example=example, into={1: (0, -1)}, out={0: -1}
+        "linear",
+        F.linear,
+        (input,),
+        weight,
+        bias,
+        example=example,
+        into={1: (0, -1)},
+        out={0: -1},
+        slopes=_slopes,
+    )
+
+
+def _slopes(
+    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    columns = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    return (
+        torch.matmul(grad, weight) if needed[0] else None,
+        rows.t().mm(columns) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
     )
 
 
