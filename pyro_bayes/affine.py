@@ -1,4 +1,4 @@
-"""Affine maps with noise, each one node of the autograd graph with gradients in closed form."""
+"""Affine maps with local noise, each one node of the autograd graph with closed-form gradients."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ class Map(NamedTuple):
 
     apply: Callable[..., Tensor]
     slopes: Slopes
-
-
-class Signs(NamedTuple):
-    """The signs of input, output and bias, to be broadcast to the input and twice to the output."""
-
-    input: Tensor
-    output: Tensor
-    bias: Tensor
 
 
 class LocalNoise(torch.autograd.Function):
@@ -100,55 +92,3 @@ class LocalNoise(torch.autograd.Function):
             for v, of in zip(variances, of_variances, strict=True)
         )
         return None, None, first, *means, *halves
-
-
-class FlippedSigns(torch.autograd.Function):
-    r"""Returns :math:`f(x, \mu_w, \mu_b) + s^{out} f(s^{in} x, \Delta_w, 0) + s^b \Delta_b`.
-
-    Arguments:
-        map: The map :math:`f`.
-        draw: Returns the signs :math:`s` for an output.
-        x: The input.
-        weight: The mean of the weight.
-        bias: The mean of the bias, or `None`.
-        weight_change: The weight's deviation from the mean.
-        bias_change: That of the bias, or `None`. It has a dimension of size 1 for each dimension of
-            the output that it lacks on the right.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        map: Map,
-        draw: Callable[[Tensor], Signs],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_change: Tensor,
-        bias_change: Tensor | None,
-    ) -> Tensor:
-        output = map.apply(x, weight, bias)
-        signs = draw(output)
-        output.addcmul_(map.apply(x * signs.input, weight_change, None), signs.output)
-        if bias_change is not None:
-            output.add_(bias_change * signs.bias)
-            ctx.shape = bias_change.shape
-        ctx.map = map
-        ctx.save_for_backward(x, weight, weight_change, *signs)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        x, weight, weight_change, signs, of_output, of_bias = ctx.saved_tensors
-        needs_x, *means, needs_weight, needs_bias = ctx.needs_input_grad[2:]
-        first, *rest = ctx.map.slopes(grad, x, weight, (needs_x, *means))
-        second, change, _ = ctx.map.slopes(
-            grad * of_output, x * signs, weight_change, (needs_x, needs_weight, False)
-        )
-        if needs_x:
-            first = first.addcmul_(second, signs)
-        bias = None
-        if needs_bias:  # what shares a sign is summed first
-            shape = torch.broadcast_shapes(of_bias.shape, ctx.shape)
-            bias = (grad.sum_to_size(shape) * of_bias).sum_to_size(ctx.shape)
-        return None, None, first, *rest, change, bias

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.affine import FlippedSigns, LocalNoise, Map, Signs, Slopes
+from pyro_bayes.affine import LocalNoise, Map, Slopes
 from pyro_bayes.flat import transformed
 from pyro_bayes.gaussian_tensor import (
     GaussianTensor,
@@ -76,8 +76,7 @@ def affine(
         return NotImplemented
     weight, bias = as_usable(operator, weight), as_usable(operator, bias)
     if slopes is not None and isinstance(weight, GaussianTensor):
-        given: Any = (*inputs, weight, bias, example, into, out, channel)
-        node = _one_node(operator, Map(apply, slopes), *given)
+        node = _one_node(operator, Map(apply, slopes), inputs[0], weight, bias, example)
         if node is not None:
             return node
     mean = apply(*inputs, mean_of(weight), mean_of(bias))
@@ -112,48 +111,19 @@ def affine(
 
 
 def _one_node(
-    operator: str,
-    map: Map,
-    x: Tensor,
-    weight: GaussianTensor,
-    bias: Any,
-    example: int | None,
-    into: Mapping[int, tuple[int, int]],
-    out: Mapping[int, int],
-    channel: int,
+    operator: str, map: Map, x: Tensor, weight: GaussianTensor, bias: Any, example: int | None
 ) -> Tensor | None:
-    """What :func:`affine` returns, with gradients in closed form, or `None` if it cannot."""
+    """What :func:`affine` returns with local noise, in closed form, or `None` if it cannot."""
     mean, noise = mean_of(weight), weight.noise
-    plain = x.dtype == mean.dtype and x.dtype.itemsize >= 4
+    plain = x.dtype == mean.dtype and x.dtype.itemsize >= 4 and noise.estimator == "local"
     if not plain or transformed() or torch.is_autocast_enabled(x.device.type):
         return None
-    random = isinstance(bias, GaussianTensor)
-    sources = (weight, bias) if random else (weight,)
-    means = (mean, mean_of(bias))
-    if noise.estimator == "local":
-        _note(sources)
-        source = (operator, *[s.key for s in sources])
-        spreads = (variance_of(weight), variance_of(bias) if random else None)
-        given: Any = (map, lambda like: noise.normal(source, like, example), x, *means, *spreads)
-        return LocalNoise.apply(*given)  # type: ignore[no-any-return]
-    count = 1 if example is None else x.shape[example]
-    ((first, (_, from_dim)),), ((last, to_dim),) = into.items(), out.items()
-    columns, rows = weight.signs(first, count), weight.signs(last, count)
-    if columns is None or rows is None:
-        return None
+    sources = gaussians_in((weight, bias))
     _note(sources)
-    own = bias.signs(0, count) if random else None
-    change = _trail(change_of(bias), -channel - 1) if random else None
-
-    def signs(output: Tensor) -> Signs:
-        def along(signs: Tensor, like: Tensor, dim: int) -> Tensor:
-            return _along(signs, like.dim(), example, dim, like.shape[dim])
-
-        of_bias = output.new_ones(()) if own is None else along(own, output, channel)
-        return Signs(along(columns, x, from_dim), along(rows, output, to_dim), of_bias)
-
-    given = (map, signs, x, *means, change_of(weight), change)
-    return FlippedSigns.apply(*given)  # type: ignore[no-any-return]
+    source = (operator, *[s.key for s in sources])
+    spreads = [variance_of(s) for s in sources]
+    given: Any = (x, mean, mean_of(bias), *spreads, *[None] * (2 - len(spreads)))
+    return LocalNoise.apply(map, lambda like: noise.normal(source, like, example), *given)  # type: ignore[no-any-return]
 
 
 def noisy(
@@ -301,21 +271,15 @@ def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) ->
     dim = dim % value.dim()
     if dim == example:  # the tensor has one value for all examples
         return value * signs.view([-1 if d == example else 1 for d in range(value.dim())])
-    return value * _along(signs, value.dim(), example, dim, value.shape[dim])
-
-
-def _along(signs: Tensor, dims: int, example: int | None, dim: int, size: int) -> Tensor:
-    """Returns each example's signs along a dimension, to be broadcast to a tensor's dimensions."""
-    count, length = signs.shape
-    if size != length:
-        # The groups of a convolution share a weight's dimension.
-        signs, length = signs.repeat(1, size // length), size
-    shape = [1] * dims
-    shape[dim] = length
+    # The groups of a convolution share a weight's dimension.
+    size = value.shape[dim]
+    signs = signs if size == signs.shape[1] else signs.repeat(1, size // signs.shape[1])
+    shape = [1] * value.dim()
+    shape[dim] = size
     if example is None:
-        return signs.view(shape)
-    shape[example] = count
-    return (signs if example < dim % dims else signs.T).reshape(shape)
+        return value * signs.view(shape)
+    shape[example] = len(signs)
+    return value * (signs if example < dim else signs.T).reshape(shape)
 
 
 def _trail(value: Tensor, count: int) -> Tensor:

@@ -75,6 +75,7 @@ def test_svi_trains(bnn, data, module_local, elbo, batch_size):
     assert all(not torch.equal(p, before[name]) for name, p in bnn.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_traced_elbo_has_the_same_gradients(net, data):
     bnn = BayesianModel(net, init_logvar=-40.0)  # draws are the means, up to rounding
     parameters = list(bnn.parameters())
