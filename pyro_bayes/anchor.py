@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
 Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
+Serves = Literal["all", "each"]
 Moments = list[tuple[int, float, float, float, float]]
 """Of each block: its size, the sums of μ², σ² and log σ², and the largest log σ²."""
 
@@ -19,10 +20,14 @@ class Anchor:
     Arguments:
         groups: The parameters of each node, with the two outputs that take the gradient, and what
             the divergence can be computed from, if anything.
+        serves: Whether these outputs are single numbers, for the divergence of all parameters, or
+            vectors, for that of each.
     """
 
-    def __init__(self, groups: Sequence[tuple[Group, Sequence[Tensor], Moments]]) -> None:
-        self.groups = groups
+    def __init__(
+        self, groups: Sequence[tuple[Group, Sequence[Tensor], Moments]], serves: Serves
+    ) -> None:
+        self.groups, self.serves = groups, serves
         self._parameters = [p for (_, m, v), _, _ in groups for p in (*m, *v)]
         self._state = self._look()
 

@@ -53,7 +53,7 @@ class ExactKL:
         with distinct_sites():
             sites = self._guide.sites
             posterior = {name: self._guide.statements(site) for site, name in sites.items()}
-            gaussians, anchor = of_posterior(posterior, noise)
+            gaussians, anchor = of_posterior(posterior, noise, "each")
             # What was computed without a gradient does not serve where one is wanted.
             known = lru_cache(lambda variance, _: fused.kl_divergences(posterior, variance, anchor))
             noise.divergences = lambda variance: known(variance, torch.is_grad_enabled())

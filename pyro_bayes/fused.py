@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
-from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, versions
+from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, Serves, versions
 from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
 from pyro_bayes.slopes import Kind, slopes
 
@@ -36,13 +36,16 @@ def draws(posterior: Posterior) -> dict[str, Tensor]:
     return outputs_and_anchor("draws", posterior)[0]
 
 
-def outputs_and_anchor(kind: Kind, posterior: Posterior) -> tuple[dict[str, Tensor], Anchor | None]:
+def outputs_and_anchor(
+    kind: Kind, posterior: Posterior, serves: Serves = "all"
+) -> tuple[dict[str, Tensor], Anchor | None]:
     r"""Computes something of each parameter, and what lets a divergence share the nodes of it.
 
     Arguments:
         kind: What to compute: draws :math:`\mu + \sigma \epsilon`, their deviations
             :math:`\sigma \epsilon` from the mean, or variances :math:`\sigma^2`.
         posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
+        serves: Whether the anchor serves the divergence of all parameters or that of each.
 
     Returns:
         The tensors by name, all draws and such others as can be computed at once, and the anchor,
@@ -57,7 +60,7 @@ def outputs_and_anchor(kind: Kind, posterior: Posterior) -> tuple[dict[str, Tens
         outputs: Sequence[Tensor] = ()
         if not by_formula(means):
             moments: Moments = []
-            *outputs, by, less = Outputs.apply(kind, False, moments, *means, *logvars)
+            *outputs, by, less = Outputs.apply(kind, serves, moments, *means, *logvars)
             if by.requires_grad:
                 anchors.append((group, (by, less), moments))
         elif kind != "variances":
@@ -65,7 +68,7 @@ def outputs_and_anchor(kind: Kind, posterior: Posterior) -> tuple[dict[str, Tens
             outputs = list(map(gaussian.draw, centers, logvars, noise(means)))
         found.update(zip(names, outputs, strict=False))
     whole = sum(len(names) for (names, _, _), _, _ in anchors) == count
-    return found, Anchor(anchors) if anchors and whole else None
+    return found, Anchor(anchors, serves) if anchors and whole else None
 
 
 def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
@@ -84,7 +87,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
         tensor(3.4603)
     """
     terms: list[Any] = []
-    if anchor and not transformed() and anchor.is_of(posterior):
+    if anchor and anchor.serves == "all" and not transformed() and anchor.is_of(posterior):
         terms += [_anchored(prior_var, *group) for group in anchor.groups]
     else:
         for _, means, logvars in groups(posterior):
@@ -106,7 +109,7 @@ def kl_divergences(
 ) -> dict[str, Tensor]:
     r"""Returns :math:`D_{KL}(q \| p)` of each parameter by name, see :func:`kl_divergence`."""
     found: dict[str, Tensor] = {}
-    if anchor and not transformed() and anchor.is_of(posterior):
+    if anchor and anchor.serves == "each" and not transformed() and anchor.is_of(posterior):
         for (names, means, logvars), outputs, _ in anchor.groups:
             with torch.no_grad():
                 values = _divergence_of_each((*means, *logvars), prior_var)
@@ -158,13 +161,18 @@ class Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, scored: bool, moments: Moments, *parameters: Tensor
+        ctx: Any,
+        kind: Kind,
+        numbers: Serves | Literal["scores"],
+        moments: Moments,
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
         outputs: list[Tensor] = []
         spreads = []
         scores: list[Tensor] = []
+        scored = numbers == "scores"
         slices = parts(means)
         trains = any(ctx.needs_input_grad)
         apart = kind == "draws" and (trains or scored)
@@ -210,7 +218,8 @@ class Outputs(torch.autograd.Function):
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
         if not scored:
-            return *outputs, means[0].new_zeros(count), means[0].new_zeros(count)
+            size = [] if numbers == "all" else [count]
+            return *outputs, means[0].new_zeros(size), means[0].new_zeros(size)
         surprises, squares = torch.cat(scores, 1).mul_(0.5)
         halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
         return *outputs, squares, surprises.add_(halves).neg_()
@@ -239,7 +248,9 @@ class Outputs(torch.autograd.Function):
                 ctx.spreads = None
         if not spreads and not anchored:
             return (None,) * len(ctx.needs_input_grad)
-        factors = [(by[part], less[part]) if anchored else None for part in slices]
+        shared = (by, less) if anchored else None
+        each = anchored and by.dim() > 0
+        factors = [(by[part], less[part]) if each else shared for part in slices]
         found = slopes(
             ctx.parameters,
             slices,
@@ -287,11 +298,11 @@ def _anchored(prior_var: float, group: Group, anchor: Sequence[Tensor], moments:
     if total is None:
         with torch.no_grad():
             total = sum(_divergences((*means, *logvars), prior_var, parts(means)))
-    return _zeros(prior_var, *anchor).sum().add(total)
+    return _zeros(prior_var, *anchor).add(total)
 
 
 def _zeros(prior_var: float, by: Tensor, less: Tensor) -> Tensor:
-    """What sends the gradient of the divergence of each parameter to an anchor, which is zeros."""
+    """What sends the gradient of a divergence to an anchor, which is zeros."""
     return by.mul(1 / prior_var).sub(less, alpha=0.5)
 
 

@@ -75,13 +75,7 @@ class ContextNoise:
         """
 
         def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-            # Each bit of a random number is a sign, once it stands in the place of one.
-            numel = math.prod(shape)
-            words = (math.ceil(numel / 32), 1)
-            bits = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device=device)
-            patterns = bits << torch.arange(32, dtype=torch.int32, device=device)
-            signs = torch.copysign(torch.ones((), device=device), patterns.view(torch.float32))
-            return signs.view(-1)[:numel].view(shape).to(dtype)
+            return torch.randint(2, tuple(shape), dtype=dtype, device=device).mul_(2).sub_(1)
 
         return self._rows(("signs", *source), count, (size,), like, sample)
 

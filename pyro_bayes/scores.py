@@ -36,7 +36,7 @@ def scored_draws(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
                 draw = gaussian.draw(mean, logvar, epsilon)
                 found[name] = draw, gaussian.log_density(logvar, epsilon)
             continue
-        *draws, squares, scores = Outputs.apply("draws", True, [], *means, *logvars)
+        *draws, squares, scores = Outputs.apply("draws", "scores", [], *means, *logvars)
         found.update(zip(names, zip(draws, scores.unbind(), strict=True), strict=True))
         if squares.requires_grad:
             probe = torch.empty((), requires_grad=True).view(())

@@ -227,7 +227,7 @@ def test_divergence_of_each_parameter_goes_to_the_anchor(posterior, prior_var):
     leaves = [p for q in posterior.values() for p in q]
     factors = dict(zip(posterior, (2.0, 3.0, -1.0, 5.0), strict=True))
     for kind in ("draws", "deviations", "variances"):
-        outputs, anchor = fused.outputs_and_anchor(kind, posterior)
+        outputs, anchor = fused.outputs_and_anchor(kind, posterior, "each")
         found = fused.kl_divergences(posterior, prior_var, anchor)
         expected = {n: gaussian.kl_divergence(*q, prior_var) for n, q in posterior.items()}
         torch.testing.assert_close(found, expected)
