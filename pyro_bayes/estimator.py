@@ -20,6 +20,8 @@ from pyro_bayes.gaussian_tensor import (
     variance_of,
 )
 
+_WHOLE = (None, None)
+
 
 def affine(
     operator: str,
@@ -43,8 +45,10 @@ def affine(
     With flipout, example :math:`n` has the weight :math:`\mu + \Delta \odot s_n^{out} s_n^{in}`,
     where :math:`\Delta = \sigma \epsilon` is the same for all examples, and hence the output
 
-    .. math:: f(x_n, \mu_w, \mu_b) + s_n^{out} \odot f(s_n^{in} \odot x_n, \Delta_w, 0)
-              + s_n^b \odot \Delta_b.
+    .. math:: f(x_n, \mu_w, \mu_b) + s_n^{out} \odot f(s_n^{in} \odot x_n, \Delta_w, \Delta_b).
+
+    A bias that has signs of its own already, or whose elements are no dimension of the weight,
+    has :math:`s_n^b \odot \Delta_b` instead.
 
     Arguments:
         operator: The name of the operator.
@@ -95,19 +99,34 @@ def affine(
 
     def change() -> Tensor:
         count = 1 if example is None else mean.shape[example]
-        total = mean.new_zeros(())
+        total, joins = mean.new_zeros(()), False
         if isinstance(weight, GaussianTensor):
             signed = list(inputs)
             for dim, (which, target) in into.items():
                 signed[which] = _flip(signed[which], weight.signs(dim, count), example, target)
-            total = apply(*signed, change_of(weight), None)
+            joins = _shares_signs(bias, weight, out)
+            total = apply(*signed, change_of(weight), change_of(bias) if joins else None)
             for dim, target in out.items():
                 total = _flip(total, weight.signs(dim, count), example, target)
-        if isinstance(bias, GaussianTensor):
+        if isinstance(bias, GaussianTensor) and not joins:
             total = total + elementwise_change(bias, mean, example, trailing)
         return total
 
     return noisy(operator, mean, gaussians, variance=variance, change=change, example=example)
+
+
+def _shares_signs(bias: Any, weight: GaussianTensor, out: Mapping[int, int]) -> bool:
+    """Lets a bias have the weight's signs along the output, and tells whether it has them.
+
+    The perturbations are independent, so that an example's are jointly what they are with signs of
+    their own.
+    """
+    if not isinstance(bias, GaussianTensor) or len(out) != 1 or not (weight.axes and bias.axes):
+        return False
+    own, other = bias.axes[0], weight.axes[next(iter(out))]
+    if own is None or other is None or own.size != other.size or own.lines + other.lines != _WHOLE:
+        return False
+    return bias.noise.share(own.source[0], other.source[0])
 
 
 def _one_node(

@@ -44,6 +44,7 @@ class ContextNoise:
         self.divergences: Callable[[float], Mapping[str, Tensor]] | None = None
         """Returns the divergences of all parameters for a prior variance, if it is given."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}
+        self._sharing: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def fresh(self) -> ContextNoise:
         """Returns noise of the same kind for a context of its own."""
@@ -75,9 +76,25 @@ class ContextNoise:
         """
 
         def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.randint(2, tuple(shape), dtype=dtype, device=device).mul_(2).sub_(1)
+            return torch.rsub(
+                torch.randint(2, tuple(shape), dtype=dtype, device=device), 1, alpha=2
+            )
 
+        source = self._sharing.setdefault(source, source)
         return self._rows(("signs", *source), count, (size,), like, sample)
+
+    def share(self, source: tuple[str, ...], other: tuple[str, ...]) -> bool:
+        """Lets a source have the signs of another, unless it has signs already.
+
+        Arguments:
+            source: What the signs belong to.
+            other: What the same signs belong to.
+
+        Returns:
+            Whether it has these signs.
+        """
+        shared = self._sharing.setdefault(other, other)
+        return self._sharing.setdefault(source, shared) == shared
 
     def of_parameter(self, name: str, like: Tensor) -> Tensor:
         """Returns the standard normal noise of a parameter's one draw.
@@ -156,6 +173,7 @@ class ParticleNoise(ContextNoise):
     def __init__(self, noise: ContextNoise, size: int, index: Tensor) -> None:
         super().__init__(noise.estimator, noise.batch_dim)
         self._all, self._size, self._index = noise, size, index
+        self._sharing = noise._sharing
 
     def of_parameter(self, name: str, like: Tensor) -> Tensor:
         shape = (self._size, *like.shape)

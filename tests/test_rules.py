@@ -157,6 +157,34 @@ def test_flipout_gives_each_example_weights_of_its_own(case):
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+class BiasTwice(nn.Module):
+    """A linear layer whose bias is added to its input or its output, too."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.layer = before, nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.before:
+            return self.layer(x + self.layer.bias)
+        return self.layer(x) + self.layer.bias
+
+
+@pytest.mark.parametrize("before", [True, False])
+@torch.no_grad()
+def test_flipout_gives_an_example_one_bias_everywhere(before):
+    bnn, x = BayesianModel(BiasTwice(before), init_logvar=0.0), torch.randn(20, 4)
+    with bnn.reparameterize("flipout") as model:
+        outputs = model(x)
+        parameters = weights_of_examples(model, 20)
+        weight, bias = model.layer.weight.signs(0, 20), model.layer.bias.signs(0, 20)
+    for i in range(20):
+        own = {name: p[i] for name, p in parameters.items()}
+        expected = functional_call(bnn.base, own, (x[i : i + 1],))
+        torch.testing.assert_close(outputs[i : i + 1], expected)
+    assert torch.equal(weight, bias) != before
+
+
 @pytest.mark.parametrize("name", ["convolution, groups", "linear, sequence", "embedding"])
 @torch.no_grad()
 def test_flipout_has_the_joint_covariance_of_draws_of_weights(name):
