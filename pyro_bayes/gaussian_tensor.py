@@ -58,7 +58,8 @@ class GaussianTensor(torch.Tensor):
 
     Arguments:
         mean: The means :math:`\mu`.
-        known: What is known of its moments from the start, see :data:`Moment`.
+        known: Its moments, as far as they are known from the start: `"variance"`, `"draw"` and
+            `"change"`, which is the draw less the mean.
         make: Computes a moment when it is first needed; by default, from the posterior.
         parameter: The name of the parameter it comes from.
         key: What tells it from other tensors that come from the same parameter.
