@@ -69,6 +69,7 @@ class _Squares(torch.autograd.Function):
         # Nobody can ask for a gradient of the probe, so only the whole graph has its node.
         ctx.probe, ctx.draws = probe.grad_fn, [weakref.ref(draw) for draw in draws]
         ctx.save_for_backward(*draws)
+        ctx.values = [(draw.detach(), draw._version) for draw in draws]
         return squares.view_as(squares)
 
     @staticmethod
@@ -76,6 +77,14 @@ class _Squares(torch.autograd.Function):
         draws = [draw() for draw in ctx.draws]
         watched = any(d is not None and (d.retains_grad or d._backward_hooks) for d in draws)
         if torch._C._will_engine_execute_node(ctx.probe) and not watched:
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.values = None
             return grad, None, *[None] * len(draws)
-        pairs = zip(grad.unbind(), ctx.saved_tensors, strict=True)
-        return None, None, *(by * draw for by, draw in pairs)
+        if torch.is_grad_enabled() or ctx.values is None:
+            values = ctx.saved_tensors
+        else:  # of these, what no density was read of may have been changed in place
+            pairs = zip(grad.unbind(), ctx.values, strict=True)
+            changed = any(v._version != version and bool(by) for by, (v, version) in pairs)
+            values = ctx.saved_tensors if changed else [v for v, _ in ctx.values]
+        products = (by * value for by, value in zip(grad.unbind(), values, strict=True))
+        return None, None, *products

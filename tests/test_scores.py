@@ -128,6 +128,30 @@ def test_draws_that_are_changed_have_no_known_square(posterior):
     assert half_square(draw) is None
 
 
+def test_a_draw_may_be_changed_beside_others(posterior):
+    leaves = [p for q in posterior.values() for p in q]
+
+    def loss(read_first):
+        torch.manual_seed(1)
+        draws = {name: draw for name, (draw, _) in scored_draws(posterior).items()}
+        first = half_square(draws["w"])
+        draws["w"].mul_(2)
+        halves = [half_square(draw) for name, draw in draws.items() if name != "w"]
+        return draws["w"].pow(3).sum() + sum(halves) + (first if read_first else 0)
+
+    for read_first in (False, True):
+        loss(read_first).backward()
+        expected = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        if read_first:  # the square's gradient is that of the former value
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss(read_first), leaves)
+        else:
+            found = torch.autograd.grad(loss(read_first), leaves)
+            torch.testing.assert_close([*found], expected)
+
+
 def test_copies_have_no_known_square(posterior):
     draw = scored_draws(posterior)["w"][0]
     leaf = draw.detach().requires_grad_()
