@@ -100,6 +100,12 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
 
 
+def keeps_graph() -> bool:
+    """Tells whether the backward pass at work leaves its graph for another."""
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept
+
+
 def transformed() -> bool:
     """Tells whether a compiler, a `torch.func` transform or forward differentiation is at work."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:

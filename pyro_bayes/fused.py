@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_bayes import gaussian
 from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, Serves, versions
-from pyro_bayes.flat import blocks, gather, parts, room, scatter, transformed
+from pyro_bayes.flat import blocks, gather, keeps_graph, parts, room, scatter, transformed
 from pyro_bayes.slopes import Kind, slopes
 
 
@@ -244,7 +244,7 @@ class Outputs(torch.autograd.Function):
         spreads: Sequence[Tensor] = ()
         if (ctx.scored and anchored) or any(grad is not None for grad in of_outputs):
             spreads = ctx.spreads or ctx.saved_tensors
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not keeps_graph():
                 ctx.spreads = None
         if not spreads and not anchored:
             return (None,) * len(ctx.needs_input_grad)

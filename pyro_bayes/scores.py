@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_bayes import gaussian
 from pyro_bayes.anchor import Posterior
+from pyro_bayes.flat import keeps_graph
 from pyro_bayes.fused import Outputs, by_formula, groups, noise
 
 
@@ -77,7 +78,7 @@ class _Squares(torch.autograd.Function):
         draws = [draw() for draw in ctx.draws]
         watched = any(d is not None and (d.retains_grad or d._backward_hooks) for d in draws)
         if torch._C._will_engine_execute_node(ctx.probe) and not watched:
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not keeps_graph():
                 ctx.values = None
             return grad, None, *[None] * len(draws)
         if torch.is_grad_enabled() or ctx.values is None:
