@@ -99,6 +99,29 @@ def test_no_assert_on_input():
         assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), path.name
 
 
+def whole_graphs_are_told_from_parts():
+    """What a backward pass, and then one for a single input, say of another leaf's node."""
+    found, x = [], torch.ones((), requires_grad=True)
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, probe):
+            ctx.probe = probe.grad_fn
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(torch._C._will_engine_execute_node(ctx.probe))  # scores
+            return grad, None
+
+    def looked():
+        return Look.apply(x, torch.ones((), requires_grad=True).view(()))
+
+    looked().backward()
+    torch.autograd.grad(looked(), x)
+    return found
+
+
 def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     """Each private name, and the modules that use it."""
     linear = nn.Linear(1, 1)
@@ -119,7 +142,11 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
     assert torch.autograd.forward_ad._current_level == -1  # flat
-    assert torch._C._autograd._get_current_graph_task_keep_graph()  # fused
+    assert torch._C._autograd._get_current_graph_task_keep_graph()  # flat
+    assert linear._buffers == {}  # prior
+    assert linear.weight._backward_hooks is None  # scores
+    assert callable(torch.ops.aten.convolution_backward)  # rules.convolution
+    assert whole_graphs_are_told_from_parts() == [True, False]
 
     def popped(x):
         level = torch._C._functorch.maybe_current_level()
