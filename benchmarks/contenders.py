@@ -47,11 +47,13 @@ class Contender:
         return self.start(problem, **self.options)
 
 
-def plain(problem: Problem) -> Running:
+def plain(problem: Problem, captured: bool = False) -> Running:
     """Trains the plain net."""
     net = problem.build()
     x, y = problem.examples(problem.batch)
-    step = optimised(net.parameters(), lambda: problem.loss.nll(net(x), y))
+    step = optimised(net.parameters(), lambda: problem.loss.nll(net(x), y), captured)
+    if captured:
+        return Running(step, {})
     return Running(step, {"as many forward passes": lambda z, n: draws(lambda: net(z), n)})
 
 
@@ -68,7 +70,7 @@ def floor(problem: Problem, local: bool) -> Running:
     others = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
     calls = _layer_calls(net, x) if local else []
     sizes = [size for *_, size in calls] or [parameter.numel() for parameter in parameters]
-    noise = torch.empty(sum(sizes))
+    noise = torch.empty(sum(sizes), device=problem.device)
     optimizer = torch.optim.Adam([*parameters, *others], lr=LEARNING_RATE)
 
     def step() -> None:
@@ -82,7 +84,7 @@ def floor(problem: Problem, local: bool) -> Running:
         optimizer.step()
 
     def at_once(x: Tensor, count: int) -> Any:
-        stacked = {n: torch.randn(count, *p.shape) for n, p in net.named_parameters()}
+        stacked = {n: p.new_empty(count, *p.shape).normal_() for n, p in net.named_parameters()}
         with torch.no_grad():
             outputs = torch.vmap(lambda p: functional_call(net, p, (x,)))(stacked)
             return torch.var_mean(outputs, 0, correction=0)
@@ -101,7 +103,7 @@ def svi_floor(problem: Problem) -> Running:
     x, y = problem.examples(problem.batch)
     parameters = dict(net.named_parameters())
     others = {name: torch.zeros_like(p).requires_grad_() for name, p in parameters.items()}
-    noise = torch.empty(sum(p.numel() for p in parameters.values()))
+    noise = torch.empty(sum(p.numel() for p in parameters.values()), device=problem.device)
 
     def guide(x: Tensor, y: Tensor) -> None:
         noise.normal_()
@@ -162,7 +164,7 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-def ours(problem: Problem, local_trick: Estimator) -> Running:
+def ours(problem: Problem, local_trick: Estimator, captured: bool = False) -> Running:
     """Trains with `bnn.reparameterize`."""
     bnn = BayesianModel(problem.build(), LOGVAR, prior_var=PRIOR_VAR)
     x, y = problem.examples(problem.batch)
@@ -172,7 +174,8 @@ def ours(problem: Problem, local_trick: Estimator) -> Running:
             nll = problem.loss.nll(model(x), y)
         return nll + bnn.kl_divergence() / DATASET_SIZE
 
-    return Running(optimised(bnn.parameters(), loss), {} if local_trick else _predict(bnn))
+    step = optimised(bnn.parameters(), loss, captured)
+    return Running(step, {} if local_trick or captured else _predict(bnn))
 
 
 def _predict(bnn: Any) -> dict[str, Predict]:
@@ -266,6 +269,17 @@ CONTENDERS = {
     "blitz": Contender("blitz", peers.blitz_model),
     "posteriors": Contender("posteriors", peers.posteriors_model),
 }
+CAPTURED = {
+    "plain-graph": Contender("plain net, as a CUDA graph", plain, {"captured": True}),
+    "weights-graph": Contender(
+        "pyro_bayes, draws of weights, as a CUDA graph",
+        ours,
+        {"local_trick": False, "captured": True},
+    ),
+    "local-graph": Contender(
+        "pyro_bayes, local noise, as a CUDA graph", ours, {"local_trick": True, "captured": True}
+    ),
+}
 
 
 def start(
@@ -286,7 +300,7 @@ def start(
     for name in names:
         torch.manual_seed(seed)
         try:
-            running[name] = CONTENDERS[name](problem)
+            running[name] = (CONTENDERS | CAPTURED)[name](problem)
         except Exception as error:
             failures[name] = reason(error)
     return running, failures

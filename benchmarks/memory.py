@@ -1,18 +1,21 @@
-"""The peak memory of training, measured in a process of its own.
+"""The peak memory of training: on a CPU, that of a process of its own.
 
 python benchmarks/memory.py mlp weights
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
+import torch
 from contenders import CONTENDERS
-from nets import PROBLEMS
+from nets import PROBLEMS, Problem
 from timing import reason
 
 STEPS = 5
@@ -50,8 +53,26 @@ def growth(problem: str, contender: str) -> int:
     return high_water() - before
 
 
-def measure(problem: str, contender: str) -> str:
-    """Returns a cell of a table, measured in a process of its own."""
+def allocated(problem: Problem, contender: str) -> int:
+    """Returns the largest sum of bytes that tensors have on a GPU as a network is trained."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    running = CONTENDERS[contender](problem)
+    for _ in range(STEPS):
+        running.step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(problem: str, contender: str, device: str) -> str:
+    """Returns a cell of a table."""
+    if device != "cpu":
+        pyro.clear_param_store()
+        try:
+            count = allocated(replace(PROBLEMS[problem], device=device), contender)
+        except Exception as error:
+            return reason(error)
+        return f"{count / 2**20:.0f} MiB"
     run = [sys.executable, "-W", "ignore", __file__, problem, contender]
     result = subprocess.run(run, capture_output=True, text=True, check=False)
     if result.returncode:

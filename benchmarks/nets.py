@@ -59,30 +59,37 @@ class Problem:
     Arguments:
         name: A short name.
         title: What it is, in a few words.
-        build: Returns the network, a module of one argument.
+        make: Returns the network, a module of one argument.
         shape: The shape of one example.
         loss: The loss.
         batch: The number of examples of a step.
         queries: The number of examples to predict.
         draws: The number of draws of a prediction.
+        device: Where the network and its data are.
     """
 
     name: str
     title: str
-    build: Callable[[], nn.Module]
+    make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     loss: Loss
     batch: int = BATCH
     queries: int = 100
     draws: int = 200
+    device: str = "cpu"
+
+    def build(self) -> nn.Module:
+        """Returns the network."""
+        return self.make().to(self.device)
 
     def examples(self, count: int) -> tuple[Tensor, Tensor]:
         """Returns random inputs and targets."""
-        return torch.randn(count, *self.shape), self.loss.targets(count)
+        x, y = torch.randn(count, *self.shape), self.loss.targets(count)
+        return x.to(self.device), y.to(self.device)
 
     def size(self) -> int:
         """Returns the number of parameters."""
-        return sum(parameter.numel() for parameter in self.build().parameters())
+        return sum(parameter.numel() for parameter in self.make().parameters())
 
 
 class Encoder(nn.Module):

@@ -37,21 +37,46 @@ class Running:
     predict: dict[str, Predict]
 
 
-def optimised(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:
+def optimised(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], captured: bool = False
+) -> Callable[[], None]:
     """Returns one step of a plain PyTorch loop.
 
     Arguments:
         parameters: What Adam trains.
         loss: Returns the loss.
+        captured: Whether to capture the step as a CUDA graph.
     """
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, capturable=captured)
 
     def step() -> None:
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
 
-    return step
+    if not captured:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return _Captured(graph, step)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A CUDA graph, and the step, which keeps the memory that the graph reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def draws(draw: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +123,8 @@ def pyro_recipe(problem: Problem) -> Running:
     to_pyro_module_(net)
     for module in net.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            prior = dist.Normal(0.0, PRIOR_SD).expand(value.shape).to_event(value.dim())
+            normal = dist.Normal(value.new_tensor(0.0), value.new_tensor(PRIOR_SD))
+            prior = normal.expand(value.shape).to_event(value.dim())
             setattr(module, name, PyroSample(prior))
     model = _Regression(net, problem)
     guide = AutoNormal(model, init_scale=SD)
@@ -126,12 +152,13 @@ def tyxe_model(problem: Problem, local: bool) -> Running:
 
     net = problem.build()
     _check_classes(net)
+    zero, sd = (torch.tensor(value, device=problem.device) for value in (0.0, PRIOR_SD))
     # Guides of the same class would share parameters in Pyro's store.
     guide = type(f"Guide_{local}", (tyxe.guides.AutoNormal,), {})
     means = tyxe.guides.PretrainedInitializer.from_net(net)
     bnn = tyxe.VariationalBNN(
         net,
-        tyxe.priors.IIDPrior(dist.Normal(0.0, PRIOR_SD)),
+        tyxe.priors.IIDPrior(dist.Normal(zero, sd)),
         _tyxe_likelihood(tyxe.likelihoods, problem),
         functools.partial(guide, init_scale=SD, init_loc_fn=means),
     )
@@ -182,6 +209,7 @@ def bayesian_torch_model(problem: Problem, kind: str) -> Running:
         dnn_to_bnn(net, parameters)
     except AttributeError as error:
         raise Unable(f"no layer for {_lacking(net)[0]}") from error
+    net.to(problem.device)
     x, y = problem.examples(problem.batch)
 
     def loss() -> Tensor:
@@ -245,7 +273,7 @@ def blitz_model(problem: Problem) -> Running:
             **prior,
         )
 
-    net: Any = Net(*_rebuilt(problem, linear, convolution))
+    net: Any = Net(*_rebuilt(problem, linear, convolution)).to(problem.device)
     x, y = problem.examples(problem.batch)
 
     def loss() -> Tensor:
@@ -280,7 +308,7 @@ def _rebuilt(
         linear(m) if isinstance(m, nn.Linear) else convolution(m) if isinstance(m, nn.Conv2d) else m
         for m in net
     ]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(problem.device)
 
 
 def _lacking(net: nn.Module) -> list[str]:

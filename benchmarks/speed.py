@@ -19,13 +19,13 @@ import memory
 import nets
 import torch
 from chart import Curve, save
-from contenders import CONTENDERS, PLAIN, start
+from contenders import CAPTURED, CONTENDERS, PLAIN, start
 from nets import PROBLEMS, Problem
 from section import Section, publish, table
 from timing import Times
 
 README = Path(__file__).with_name("README.md")
-MARK, CHART = "speed", "cost.png"
+MARK, CHART = {"cpu": "speed", "cuda": "speed-cuda"}, "cost.png"
 MEMORY = ("mlp", "deep", "cnn", "encoder", "flow")
 QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
 OURS = "weights"
@@ -54,6 +54,7 @@ class Plan:
         chart: Where the chart is saved, if anywhere.
         machine: What the report says about the machine.
         threads: On how many threads steps are timed once more, if at all.
+        device: Where networks are.
     """
 
     problems: Sequence[Problem]
@@ -67,6 +68,7 @@ class Plan:
     chart: Path | None = None
     machine: str = ""
     threads: int = 2
+    device: str = "cpu"
 
     def of(self, names: Sequence[str]) -> list[str]:
         """Returns which of some contenders take part."""
@@ -76,14 +78,15 @@ class Plan:
 def steps(plan: Plan) -> str:
     """Returns the table of the times of a step, relative to the plain net's."""
     columns = []
+    names = [*plan.contenders, *(CAPTURED if plan.device == "cuda" else ())]
     for problem in plan.problems:
-        running, failures = start(list(plan.contenders), problem)
+        running, failures = start(names, problem)
         times = Times({k: r.step for k, r in running.items()}, plan.rounds, plan.seconds)
         times.failures.update(failures)
-        columns.append([times.cell(name, PLAIN) for name in plan.contenders])
+        columns.append([times.cell(name, PLAIN) for name in names])
         _tell(problem.name)
     header = ["", *(f"`{p.name}`" for p in plan.problems)]
-    return table(header, _rows(plan.contenders, columns))
+    return table(header, _rows(names, columns))
 
 
 def _threaded(plan: Plan) -> str:
@@ -97,17 +100,18 @@ def _threaded(plan: Plan) -> str:
 
 def peaks(plan: Plan) -> str:
     """Returns the table of peak memory."""
-    problems = [name for name in plan.memory if PROBLEMS[name] in plan.problems]
+    problems = [p.name for p in plan.problems if p.name in plan.memory]
     columns = []
     for name in problems:
-        columns.append([memory.measure(name, contender) for contender in plan.contenders])
+        columns.append([memory.measure(name, c, plan.device) for c in plan.contenders])
         _tell(f"memory of {name}")
     return table(["", *(f"`{name}`" for name in problems)], _rows(plan.contenders, columns))
 
 
 def _rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> list[list[str]]:
     cells = zip(*columns, strict=True)
-    return [[CONTENDERS[n].title, *row] for n, row in zip(names, cells, strict=True)]
+    titles = CONTENDERS | CAPTURED
+    return [[titles[n].title, *row] for n, row in zip(names, cells, strict=True)]
 
 
 def predictions(plan: Plan) -> str:
@@ -153,7 +157,7 @@ def sizes(plan: Plan) -> str:
     rows: list[list[str]] = []
     curves: dict[str, Curve] = {CONTENDERS[name].title: ([], []) for name in others}
     for size in filter(_fits, plan.sizes):
-        problem = nets.square(size)
+        problem = replace(nets.square(size), device=plan.device)
         running, failures = start(names, problem)
         times = Times({k: r.step for k, r in running.items()}, plan.rounds, plan.seconds / 4)
         times.failures.update(failures)
@@ -178,8 +182,9 @@ def _fits(parameters: float) -> bool:
 def counts(plan: Plan) -> str:
     """Returns the table of the time of a prediction against the number of draws."""
     names = plan.of(COUNTING)
-    running, _ = start(names, nets.REGRESSION)
-    x, _ = nets.REGRESSION.examples(nets.REGRESSION.queries)
+    problem = replace(nets.REGRESSION, device=plan.device)
+    running, _ = start(names, problem)
+    x, _ = problem.examples(problem.queries)
     ways = {name: next(iter(run.predict.items())) for name, run in running.items()}
     rows = []
     for count in plan.counts:
@@ -203,16 +208,20 @@ def report(plan: Plan) -> Iterator[str]:
         The parts of the report, in Markdown.
     """
     version = torch.__version__.partition("+")[0]
-    yield f"torch {version} on the CPU; {_threads(plan.machine)}."
+    where = "the CPU" if plan.device == "cpu" else "one GPU"
+    yield f"torch {version} on {where}; {_threads(plan.machine)}."
     rows = [[f"`{p.name}`", p.title, f"{p.size():,}"] for p in plan.problems]
     yield table(["network", "", "parameters"], rows, labels=2)
     yield "**A step**, relative to the plain net's step, whose time is in the first row."
     yield steps(plan)
-    if plan.threads:
+    if plan.threads and plan.device == "cpu":
         yield f"**The same on {plan.threads} threads**, for some of them."
         yield _threaded(replace(plan, contenders=plan.of(THREADED), seconds=plan.seconds / 2))
-    if any(PROBLEMS[name] in plan.problems for name in plan.memory):
-        yield "**Peak memory** of building and training, on top of that of the imported libraries."
+    if any(p.name in plan.memory for p in plan.problems):
+        above = (
+            "that of the imported libraries" if plan.device == "cpu" else "what was there before"
+        )
+        yield f"**Peak memory** of building and training, on top of {above}."
         yield peaks(plan)
     ours = CONTENDERS[OURS].title
     yield f"**A prediction: mean and variance over draws**, relative to the first row of {ours}."
@@ -235,10 +244,13 @@ def _tell(what: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    problems = [PROBLEMS[name] for name in options.nets]
-    plan = Plan(problems, options.contenders, options.rounds, machine=options.machine)
-    queries = [p for p in plan.queries if p is nets.REGRESSION or p in problems]
-    plan = replace(plan, queries=queries)
+    problems = [replace(PROBLEMS[name], device=options.device) for name in options.nets]
+    plan = Plan(
+        problems, options.contenders, options.rounds, options.seconds, machine=options.machine
+    )
+    names = {nets.REGRESSION.name, *options.nets}
+    queries = [replace(p, device=options.device) for p in plan.queries if p.name in names]
+    plan = replace(plan, queries=queries, device=options.device)
     if options.smoke:
         queries = [replace(nets.REGRESSION, draws=3)]
         return replace(
@@ -263,8 +275,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=15, help="the largest number of rounds (15)")
     add("--threads", type=int, default=1, help="threads of PyTorch (1)")
     add("--machine", default="2 cores", help="what the report says about the machine (2 cores)")
+    add("--device", choices=tuple(MARK), default="cpu", help="where networks are (cpu)")
+    add("--seconds", type=float, default=24.0, help="how long a column of a table takes (24)")
     add("--smoke", action="store_true", help="one round, and no memory")
-    add("--output", type=Path, help=f"the file with the marks of the section {MARK!r}; the chart is"
+    add("--output", type=Path, help="the file with the marks of the section; the chart is"
         " saved next to it; by default the README of this folder, if all is measured")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
@@ -278,7 +292,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the report, and writes it to the README of this folder."""
     options = _options(arguments)
-    section = Section(options.output, MARK) if options.output else None
+    section = Section(options.output, MARK[options.device]) if options.output else None
     if section:
         section.surroundings()  # raises before the work is done
     warnings.simplefilter("ignore")  # those of peers
@@ -286,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
 
     plan = _plan(options)
-    if section:
+    if section and options.device == "cpu":
         plan = replace(plan, chart=section.path.with_name(CHART))
     publish(report(plan), section)
 

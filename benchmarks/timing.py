@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 Call = Callable[[], object]
 
 SLICE, MIN_ROUNDS = 0.05, 3
@@ -118,7 +120,14 @@ class Times:
 
 
 def _seconds(call: Call, repeats: int) -> float:
+    _wait()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from pyro_bayes import gaussian
 from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, Serves, versions
-from pyro_bayes.flat import blocks, gather, keeps_graph, parts, room, scatter, transformed
+from pyro_bayes.flat import blocks, gather, keeps_graph, parts, transformed
+from pyro_bayes.gpu import kernels
 from pyro_bayes.slopes import Kind, slopes
+from pyro_bayes.sweep import sweep
 
 
 def draws(posterior: Posterior) -> dict[str, Tensor]:
@@ -169,58 +171,22 @@ class Outputs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
-        outputs: list[Tensor] = []
-        spreads = []
-        scores: list[Tensor] = []
-        scored = numbers == "scores"
-        slices = parts(means)
-        trains = any(ctx.needs_input_grad)
-        apart = kind == "draws" and (trains or scored)
+        scored, trains = numbers == "scores", any(ctx.needs_input_grad)
         # Other devices would have to be waited for.
         counts = trains and not scored and means[0].device.type == "cpu"
-        memory = room(means, slices, 2 if apart else 1)
-        for part in slices:
-            mean, logvar = gather(means[part]), gather(logvars[part])
-            output, *kept = next(memory)
-            spread = kept[0] if apart else output
-            score: Any = 0
-            for m, v, s, o in blocks(mean, logvar, spread, output):
-                if kind == "variances":
-                    torch.exp(v, out=s)
-                    variance = s.sum() if counts else None
-                else:
-                    s.normal_()
-                    if scored:
-                        torch.addcmul(v, s, s, out=o)
-                        sums = [own.sum() for own in _owned(o, means[part])]
-                    scale = torch.mul(v, 0.5).exp_()
-                    s.mul_(scale)
-                    if kind == "draws":
-                        torch.add(m, s, out=o)
-                    if scored:
-                        sums += [torch.dot(own, own) for own in _owned(o, means[part])]
-                        score = score + torch.stack(sums)
-                    variance = torch.dot(scale, scale) if counts else None
-                if variance is not None:  # while the block is at hand
-                    squares = float(torch.dot(m, m))
-                    largest = float(v.amax()) if len(v) else -math.inf
-                    moments.append((len(v), squares, float(variance), float(v.sum()), largest))
-            outputs += scatter(output, means[part])
-            spreads.append(spread)
-            if scored:
-                scores.append(score.view(2, -1))
-        # Elsewhere, all parameters are one part, of which a copy would be large.
-        small = count > 1 and len(slices) == 1 and means[0].device.type == "cpu"
-        ctx.flat = (mean, logvar) if small else None
+        apart = kind == "draws" and (trains or scored)
+        outputs, spreads, scores, ctx.flat = sweep(
+            kind, means, logvars, apart, scored, moments if counts else None
+        )
         ctx.kind, ctx.scored, ctx.moments = kind, scored, moments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
-        if not scored:
+        if scores is None:
             size = [] if numbers == "all" else [count]
             return *outputs, means[0].new_zeros(size), means[0].new_zeros(size)
-        surprises, squares = torch.cat(scores, 1).mul_(0.5)
+        surprises, squares = scores.mul_(0.5)
         halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
         return *outputs, squares, surprises.add_(halves).neg_()
 
@@ -266,14 +232,6 @@ class Outputs(torch.autograd.Function):
         alone = [not anchored and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
         kept = (None if u else s for u, s in zip(alone + unused, found, strict=True))
         return None, None, None, *kept
-
-
-def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The elements of each of several parameters side by side, or a block of one."""
-    if len(parameters) == 1:
-        return (block,)
-    sizes = [parameter.numel() for parameter in parameters]
-    return block.split(sizes)  # type: ignore[no-any-return]
 
 
 class _Divergences(torch.autograd.Function):
@@ -323,6 +281,10 @@ def _divergences(
     """The divergences of parts of the parameters, numbers on a CPU and tensors elsewhere."""
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
+    device = kernels(means)
+    if device:
+        each = device.divergences(means, logvars, prior_var)
+        return [each[part].sum() for part in slices] if len(slices) < count else [*each.unbind()]
     cpu = means[0].device.type == "cpu"
     number: Any = float if cpu else _itself  # other devices would have to be waited for
     shift = math.log(prior_var)
@@ -345,6 +307,9 @@ def _divergence_of_each(parameters: Sequence[Tensor], prior_var: float) -> Tenso
     """The divergence of each parameter."""
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
+    device = kernels(means)
+    if device:
+        return device.divergences(means, logvars, prior_var)  # type: ignore[no-any-return]
     number: Any = float if means[0].device.type == "cpu" else _itself
     totals = []
     for part in parts(means):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.flat import blocks, gather, room, scatter, transformed
+from pyro_bayes.gpu import kernels
 
 Kind = Literal["draws", "deviations", "variances"]
 
@@ -41,6 +42,13 @@ def slopes(
     if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
         inputs = factors, kind == "draws", weight, of_outputs, spreads, of_squares
         return _by_formula(means, logvars, slices, *inputs)
+    device = kernels(means)
+    if device:
+        grad, spread = (_given(of_outputs, means), spreads[0]) if spreads else (None, None)
+        of_mean, of_logvar = device.slopes(
+            means, logvars, factors[0], grad, spread, weight, kind == "draws", of_squares
+        )
+        return [*scatter(of_mean, means), *scatter(of_logvar, means)]
     of_means: list[Tensor | None] = []
     of_logvars: list[Tensor | None] = []
     memory = room(means, slices, 2)
@@ -49,9 +57,7 @@ def slopes(
         of_mean, of_logvar = next(memory)
         flat = [mean, logvar, of_mean, of_logvar]
         if spreads:
-            pairs = zip(of_outputs[part], means[part], strict=True)
-            grads = [torch.zeros_like(m) if g is None else g for g, m in pairs]
-            flat += gather(grads), spreads[i]
+            flat += _given(of_outputs[part], means[part]), spreads[i]
         found = factors[i]
         factor = found and (
             _of_elements(found[0], means[part]),
@@ -64,10 +70,9 @@ def slopes(
                 continue
             by, less = factor
             if of_squares:
-                grad, spread = given
-                draw = torch.add(m, spread, out=of_m)
-                torch.addcmul(grad, draw, by, out=of_m)
-                torch.addcmul(less, spread, of_m, value=weight, out=of_v)
+                draw = torch.add(m, given[1], out=of_m)
+                torch.addcmul(given[0], draw, by, out=of_m)
+                torch.addcmul(less, given[1], of_m, value=weight, out=of_v)
                 continue
             torch.addcmul(less, torch.exp(v, out=of_m), by, value=0.5, out=of_v)
             if given:
@@ -115,6 +120,12 @@ def _by_formula(
                 of_means[k] = of_means[k] + grad if of_draws else of_means[k]
                 of_logvars[k] = of_logvars[k] + weight * grad * varied
     return of_means + of_logvars
+
+
+def _given(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """The gradients of outputs side by side, zeros where there is none."""
+    pairs = zip(grads, parameters, strict=True)
+    return gather([torch.zeros_like(p) if g is None else g for g, p in pairs])
 
 
 def _of_elements(factor: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from pyro_bayes import BayesianModel, flat, fused, gaussian
+from pyro_bayes import BayesianModel, flat, fused, gaussian, sweep
 from pyro_bayes.gaussian_tensor import change_of, drawn, variance_of
 from pyro_bayes.prior import Prior
 
@@ -83,8 +83,8 @@ def test_outputs_are_the_same_if_nothing_trains(posterior, kind, monkeypatch):
     def filled(*args):  # as memory that was in use before
         return iter([[memory.fill_(math.nan) for memory in row] for row in room(*args)])
 
-    room = fused.room
-    monkeypatch.setattr(fused, "room", filled)
+    room = sweep.room
+    monkeypatch.setattr(sweep, "room", filled)
     torch.manual_seed(1)
     expected, _ = fused.outputs_and_anchor(kind, posterior)
     frozen = {name: (mean.detach(), logvar.detach()) for name, (mean, logvar) in posterior.items()}

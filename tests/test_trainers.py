@@ -67,16 +67,18 @@ def test_lightning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     objective, data = parts()
     quiet = "max_epochs=20, logger=False, enable_checkpointing=False, enable_progress_bar=False"
-    code = shown("Lightning").replace("max_epochs=20", f"{quiet}, enable_model_summary=False")
+    quiet += ", enable_model_summary=False, accelerator='cpu'"
+    code = shown("Lightning").replace("max_epochs=20", quiet)
     torch.manual_seed(1)
     run(code, loader_of(data), objective, lightning=lightning)
     assert objective.kl_weight.count == STEPS
     assert_same(objective, plain())
 
 
-def test_accelerate():
+def test_accelerate(monkeypatch):
     import accelerate
 
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     objective, data = parts()
     torch.manual_seed(1)
     run(shown("Hugging Face"), loader_of(data), objective, accelerate=accelerate)

@@ -1,0 +1,40 @@
+"""Whether kernels of our own can serve parameters: on GPUs that Triton compiles for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def kernels(tensors: Sequence[Tensor]) -> ModuleType | None:
+    """Returns the module `pyro_bayes.kernels` if it can serve tensors, or else `None`.
+
+    Arguments:
+        tensors: Contiguous tensors of one device and one floating-point type.
+    """
+    first = tensors[0]
+    return _kernels(first.device) if first.is_cuda and first.dtype == torch.float32 else None
+
+
+@lru_cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    try:
+        from pyro_bayes import kernels
+    except ImportError:  # PyTorch brings Triton where it has a release for the system
+        return None
+    try:
+        kernels.divergences([torch.ones(1, device=device)], [torch.ones(1, device=device)], 1.0)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(
+            f"Expected Triton to compile a kernel for {device}, for which it needs a C compiler;"
+            f" got {reason}. Operators of PyTorch stand in, with the same results in more time.",
+            stacklevel=2,
+        )
+        return None
+    return kernels

@@ -1,0 +1,103 @@
+"""One pass over the memory of all parameters, which draws and sums at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_bayes.anchor import Moments
+from pyro_bayes.flat import blocks, gather, parts, room, scatter
+from pyro_bayes.gpu import kernels
+from pyro_bayes.slopes import Kind
+
+
+class Sweep(NamedTuple):
+    r"""What one pass over all parameters gives.
+
+    Arguments:
+        outputs: What was computed of each parameter.
+        spreads: Of each part, see :func:`~pyro_bayes.flat.parts`, the deviations
+            :math:`\sigma \epsilon` or the variances :math:`\sigma^2`, side by side.
+        scores: The sums of :math:`\log \sigma^2 + \epsilon^2` and of the squares of each draw, of
+            shape `(2, number of draws)`, if they were wanted.
+        known: All means and log-variances side by side, if they were copied.
+    """
+
+    outputs: list[Tensor]
+    spreads: list[Tensor]
+    scores: Tensor | None
+    known: tuple[Tensor, Tensor] | None
+
+
+def sweep(
+    kind: Kind,
+    means: Sequence[Tensor],
+    logvars: Sequence[Tensor],
+    apart: bool,
+    scored: bool,
+    moments: Moments | None,
+) -> Sweep:
+    r"""Draws several parameters, or computes their deviations or variances.
+
+    Arguments:
+        kind: What to compute.
+        means: The means :math:`\mu`.
+        logvars: The :math:`\log \sigma^2`.
+        apart: Whether the deviations of draws are kept, too.
+        scored: Whether draws are summed.
+        moments: Where moments of each block go, if they are wanted.
+    """
+    device = kernels(means)
+    if device:
+        output, spread, sums = device.draw(kind, means, logvars, apart, scored)
+        return Sweep([*scatter(output, means)], [spread], sums, None)
+    slices = parts(means)
+    memory = room(means, slices, 2 if apart else 1)
+    outputs: list[Tensor] = []
+    spreads: list[Tensor] = []
+    scores: list[Tensor] = []
+    for part in slices:
+        mean, logvar = gather(means[part]), gather(logvars[part])
+        output, *kept = next(memory)
+        spread = kept[0] if apart else output
+        score: Any = 0
+        for m, v, s, o in blocks(mean, logvar, spread, output):
+            if kind == "variances":
+                torch.exp(v, out=s)
+            else:
+                s.normal_()
+                if scored:
+                    torch.addcmul(v, s, s, out=o)
+                    sums = [own.sum() for own in _owned(o, means[part])]
+                scale = torch.mul(v, 0.5).exp_()
+                s.mul_(scale)
+                if kind == "draws":
+                    torch.add(m, s, out=o)
+                if scored:
+                    sums += [torch.dot(own, own) for own in _owned(o, means[part])]
+                    score = score + torch.stack(sums)
+            if moments is not None:  # while the block is at hand
+                variance = s.sum() if kind == "variances" else torch.dot(scale, scale)
+                squares = float(torch.dot(m, m))
+                largest = float(v.amax()) if len(v) else -math.inf
+                moments.append((len(v), squares, float(variance), float(v.sum()), largest))
+        outputs += scatter(output, means[part])
+        spreads.append(spread)
+        if scored:
+            scores.append(score.view(2, -1))
+    # Elsewhere, all parameters are one part, of which a copy would be large.
+    small = len(means) > 1 and len(slices) == 1 and means[0].device.type == "cpu"
+    known = (mean, logvar) if small else None
+    return Sweep(outputs, spreads, torch.cat(scores, 1) if scored else None, known)
+
+
+def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The elements of each of several parameters side by side, or a block of one."""
+    if len(parameters) == 1:
+        return (block,)
+    sizes = [parameter.numel() for parameter in parameters]
+    return block.split(sizes)  # type: ignore[no-any-return]
