@@ -101,7 +101,9 @@ def check_values(
         words: What it has to hold.
         domain: The constraint on its elements, if there is one.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (
+        value.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
         return  # a branch on values would break the graph
     fits = value.isfinite() if domain is None else value.isfinite() & domain.check(value)
     if not fits.all():

@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
-from pyro_bayes import BayesianModel, fused, gaussian, gpu
+from pyro_bayes import ELBO, BayesianModel, fused, gaussian, gpu, likelihoods
+from pyro_bayes.schedule import LinearWarmup
 from pyro_bayes.scores import scored_draws
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -119,6 +120,19 @@ def test_training(bnn, data, local_trick):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+def captured(step):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
 @pytest.mark.parametrize("local_trick", ESTIMATORS)
 def test_a_step_can_be_captured(bnn, data, local_trick):
     x, y = data
@@ -133,21 +147,51 @@ def test_a_step_can_be_captured(bnn, data, local_trick):
         optimizer.step()
         return loss.detach()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     losses = []
     for _ in range(60):
         graph.replay()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert bnn.kl_divergence().isfinite()
+
+
+LIKELIHOODS = {
+    "bernoulli": (likelihoods.Bernoulli, 1),
+    "categorical": (likelihoods.Categorical, 5),
+    "gaussian": (lambda: likelihoods.Gaussian(0.5, learn=True), 1),
+    "heteroscedastic": (likelihoods.HeteroscedasticGaussian, 2),
+    "negative binomial": (lambda: likelihoods.NegativeBinomial(2.0), 1),
+    "poisson": (likelihoods.Poisson, 1),
+    "student": (lambda: likelihoods.StudentT(0.5), 1),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_step_of_the_objective_can_be_captured(name):
+    make, outputs = LIKELIHOODS[name]
+    bnn = BayesianModel(nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, outputs)))
+    weight = LinearWarmup(10)
+    objective = ELBO(bnn, make(), num_data=500, local_trick=True, kl_weight=weight).to("cuda")
+    x = torch.randn(50, 4, device="cuda")
+    y = (x.sum(-1) > 0).long() if outputs == 5 else (x.sum(-1, keepdim=True) > 0).float()
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.02, capturable=True)
+
+    def step():
+        optimizer.zero_grad()
+        loss = objective(x, y)
+        loss.backward()
+        optimizer.step()
+        objective.step()
+        return loss.detach()
+
+    graph, loss = captured(step)
+    losses = []
+    for _ in range(100):
+        graph.replay()
+        losses.append(loss.item())
+    assert objective.kl_weight.weight == 1
+    assert losses[-1] < losses[10]
 
 
 def test_replays_draw_anew(bnn, data):
