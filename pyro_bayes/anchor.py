@@ -10,31 +10,55 @@ from torch import Tensor
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
 Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
 Serves = Literal["all", "each"]
-Moments = list[tuple[int, float, float, float, float]]
-"""Of each block: its size, the sums of μ², σ² and log σ², and the largest log σ²."""
+Moments = list[tuple[int, float, float, float]]
+"""Of each block: its size and the sums of μ², σ² and log σ²."""
+
+
+class Shared:
+    """What a node of draws and the divergence that sends it a gradient tell each other.
+
+    Attributes:
+        moments: What the divergence can be computed from; none if it is to look at the parameters.
+        prior_var: The variance of the prior that the divergence is from, once there is one.
+    """
+
+    def __init__(self) -> None:
+        self.moments: Moments = []
+        self.prior_var: float | None = None
 
 
 class Anchor:
     """Where the gradient of a posterior's divergence can go: to the nodes of draws from it.
 
     Arguments:
-        groups: The parameters of each node, with the two outputs that take the gradient, and what
-            the divergence can be computed from, if anything.
-        serves: Whether these outputs are single numbers, for the divergence of all parameters, or
-            vectors, for that of each.
+        groups: The parameters of each node, with the output that takes the gradient, and what it
+            shares with the divergence.
+        serves: Whether this output is a single number, for the divergence of all parameters, or a
+            vector, for that of each.
     """
 
-    def __init__(
-        self, groups: Sequence[tuple[Group, Sequence[Tensor], Moments]], serves: Serves
-    ) -> None:
+    def __init__(self, groups: Sequence[tuple[Group, Tensor, Shared]], serves: Serves) -> None:
         self.groups, self.serves = groups, serves
         self._parameters = [p for (_, m, v), _, _ in groups for p in (*m, *v)]
-        self._state = self._look()
+        self._ids, self._state = set(map(id, self._parameters)), self._look()
+
+    def takes(self, serves: Serves, posterior: Posterior, prior_var: float) -> bool:
+        """Tells whether a divergence can send its gradient here, and if so, from which prior.
+
+        It cannot if another divergence does, from another prior.
+        """
+        if serves != self.serves or not self.is_of(posterior):
+            return False
+        for _, _, shared in self.groups:
+            if shared.prior_var not in (None, prior_var):
+                return False
+            shared.prior_var = prior_var
+        return True
 
     def is_of(self, posterior: Posterior) -> bool:
         """Tells whether the posterior is the one that was drawn from, and has not changed since."""
-        pairs = {id(p) for pair in posterior.values() for p in pair}
-        return pairs == set(map(id, self._parameters)) and self._look() == self._state
+        found = {id(p) for pair in posterior.values() for p in pair}
+        return found == self._ids and self._look() == self._state
 
     def _look(self) -> list[Any]:
         kinds = [(p.data_ptr(), p.requires_grad) for p in self._parameters]

@@ -76,7 +76,7 @@ def affine(
         | https://arxiv.org/abs/1803.04386
     """
     inputs = [drawn(x) for x in inputs]
-    if any(x.layout is not torch.strided for x in inputs):
+    if any([x.layout is not torch.strided for x in inputs]):
         return NotImplemented
     weight, bias = as_usable(operator, weight), as_usable(operator, bias)
     if slopes is not None and isinstance(weight, GaussianTensor):

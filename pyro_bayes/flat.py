@@ -6,7 +6,7 @@ brings it from memory again and again, unless it goes through blocks that a core
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +70,7 @@ def scatter(side_by_side: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
         return [part.view(tensor.shape) for part, tensor in zip(found, like, strict=True)]
 
 
-def room(tensors: Sequence[Tensor], parts: Sequence[slice], count: int) -> Iterator[Any]:
+def room(tensors: Sequence[Tensor], parts: Sequence[slice], count: int) -> Sequence[Any]:
     """Returns for each part some flat tensors of its size, without values.
 
     They are of one piece of memory: allocators take many smaller ones anew from the system in
@@ -83,12 +83,12 @@ def room(tensors: Sequence[Tensor], parts: Sequence[slice], count: int) -> Itera
     """
     sizes = [sum([tensor.numel() for tensor in tensors[part]]) for part in parts]
     if len(sizes) == 1:
-        return iter([[tensors[0].new_empty(sizes) for _ in range(count)]])
+        return [[tensors[0].new_empty(sizes[0]) for _ in range(count)]]
     rows = tensors[0].new_empty(count, sum(sizes)).unbind()
-    return zip(*(row.split(sizes) for row in rows), strict=True)
+    return [*zip(*(row.split(sizes) for row in rows), strict=True)]
 
 
-def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*flat: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Returns, block by block, the elements that flat tensors of one size have at a place.
 
     Example:
@@ -96,7 +96,7 @@ def blocks(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
         [131072, 1]
     """
     if len(flat[0]) <= BLOCK or flat[0].device.type != "cpu":
-        return iter([flat])
+        return (flat,)
     return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
 
 

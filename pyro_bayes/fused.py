@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
-from pyro_bayes.anchor import Anchor, Group, Moments, Posterior, Serves, versions
+from pyro_bayes.anchor import Anchor, Group, Posterior, Serves, Shared, versions
 from pyro_bayes.flat import blocks, gather, keeps_graph, parts, transformed
 from pyro_bayes.gpu import kernels
 from pyro_bayes.slopes import Kind, slopes
@@ -54,17 +54,17 @@ def outputs_and_anchor(
         if all can.
     """
     found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
-    anchors: list[tuple[Group, Sequence[Tensor], Moments]] = []
+    anchors: list[tuple[Group, Tensor, Shared]] = []
     count = 0
     for group in groups(posterior):
         names, means, logvars = group
         count += len(names)
         outputs: Sequence[Tensor] = ()
         if not by_formula(means):
-            moments: Moments = []
-            *outputs, by, less = Outputs.apply(kind, serves, moments, *means, *logvars)
-            if by.requires_grad:
-                anchors.append((group, (by, less), moments))
+            shared = Shared()
+            *outputs, zero = Outputs.apply(kind, serves, shared, *means, *logvars)
+            if zero.requires_grad:
+                anchors.append((group, zero, shared))
         elif kind != "variances":
             centers = means if kind == "draws" else map(torch.zeros_like, means)
             outputs = list(map(gaussian.draw, centers, logvars, noise(means)))
@@ -89,7 +89,7 @@ def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None 
         tensor(3.4603)
     """
     terms: list[Any] = []
-    if anchor and anchor.serves == "all" and not transformed() and anchor.is_of(posterior):
+    if anchor and not transformed() and anchor.takes("all", posterior, prior_var):
         terms += [_anchored(prior_var, *group) for group in anchor.groups]
     else:
         for _, means, logvars in groups(posterior):
@@ -111,12 +111,11 @@ def kl_divergences(
 ) -> dict[str, Tensor]:
     r"""Returns :math:`D_{KL}(q \| p)` of each parameter by name, see :func:`kl_divergence`."""
     found: dict[str, Tensor] = {}
-    if anchor and anchor.serves == "each" and not transformed() and anchor.is_of(posterior):
-        for (names, means, logvars), outputs, _ in anchor.groups:
+    if anchor and not transformed() and anchor.takes("each", posterior, prior_var):
+        for (names, means, logvars), zeros, _ in anchor.groups:
             with torch.no_grad():
                 values = _divergence_of_each((*means, *logvars), prior_var)
-            divergences = _zeros(prior_var, *outputs).add(values)
-            found.update(zip(names, divergences.unbind(), strict=True))
+            found.update(zip(names, zeros.add(values).unbind(), strict=True))
         return found
     for names, means, logvars in groups(posterior):
         if by_formula(means):
@@ -154,11 +153,11 @@ def noise(means: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Outputs(torch.autograd.Function):
-    r"""Draws of several parameters or the like, and two numbers of each.
+    r"""Draws of several parameters or the like, and zeros to which a divergence can be added.
 
-    Its inputs are all μ and then all log σ². The numbers are an anchor: their gradient says what a
-    divergence adds to that of the inputs, see :func:`~pyro_bayes.slopes.slopes`. If draws are
-    scored, they are half the sum of squares and the log-density of each draw.
+    Its inputs are all μ and then all log σ². There is one zero for all parameters or one for each,
+    and its gradient is the divergence's. If draws are scored, there are instead half the sum of
+    squares and the log-density of each draw.
     """
 
     @staticmethod
@@ -166,33 +165,32 @@ class Outputs(torch.autograd.Function):
         ctx: Any,
         kind: Kind,
         numbers: Serves | Literal["scores"],
-        moments: Moments,
+        shared: Shared,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(parameters) // 2
         means, logvars = parameters[:count], parameters[count:]
         scored, trains = numbers == "scores", any(ctx.needs_input_grad)
         # Other devices would have to be waited for.
-        counts = trains and not scored and means[0].device.type == "cpu"
+        counts = trains and means[0].is_cpu and not scored
         apart = kind == "draws" and (trains or scored)
-        outputs, spreads, scores, ctx.flat = sweep(
-            kind, means, logvars, apart, scored, moments if counts else None
+        ctx.slices, outputs, spreads, scores, ctx.flat = sweep(
+            kind, means, logvars, apart, scored, shared.moments if counts else None
         )
-        ctx.kind, ctx.scored, ctx.moments = kind, scored, moments
+        ctx.kind, ctx.scored, ctx.shared = kind, scored, shared
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*spreads)
         # The gradient of a divergence may come alone, and must leave what that of outputs needs.
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
         if scores is None:
-            size = [] if numbers == "all" else [count]
-            return *outputs, means[0].new_zeros(size), means[0].new_zeros(size)
+            return *outputs, means[0].new_zeros(() if numbers == "all" else count)
         surprises, squares = scores.mul_(0.5)
         halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
         return *outputs, squares, surprises.add_(halves).neg_()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        *of_outputs, by, less = grads
+        *of_outputs, by, less = grads if ctx.scored else (*grads, None)
         if versions(ctx.parameters) != ctx.versions:
             raise RuntimeError(
                 "Expected the posterior's parameters to be those that the weights were drawn with;"
@@ -200,13 +198,13 @@ class Outputs(torch.autograd.Function):
             )
         # Some optimisers change parameters without a trace, and steps come after this.
         known, ctx.flat = ctx.flat, None
-        ctx.moments.clear()
-        means = ctx.parameters[: len(of_outputs)]
-        slices = parts(means)
+        ctx.shared.moments.clear()
         anchored = by is not None or less is not None
         if ctx.scored and anchored:
             by = torch.zeros_like(less) if by is None else by
             less = torch.zeros_like(by) if less is None else -0.5 * less
+        elif anchored:
+            by, less = by / ctx.shared.prior_var, -0.5 * by
         spreads: Sequence[Tensor] = ()
         if (ctx.scored and anchored) or any(grad is not None for grad in of_outputs):
             spreads = ctx.spreads or ctx.saved_tensors
@@ -214,12 +212,12 @@ class Outputs(torch.autograd.Function):
                 ctx.spreads = None
         if not spreads and not anchored:
             return (None,) * len(ctx.needs_input_grad)
-        shared = (by, less) if anchored else None
+        same = (by, less) if anchored else None
         each = anchored and by.dim() > 0
-        factors = [(by[part], less[part]) if each else shared for part in slices]
+        factors = [(by[part], less[part]) if each else same for part in ctx.slices]
         found = slopes(
             ctx.parameters,
-            slices,
+            ctx.slices,
             factors,
             ctx.kind,
             of_outputs,
@@ -249,27 +247,23 @@ class _Divergences(torch.autograd.Function):
         return None, None, *slopes(ctx.saved_tensors, ctx.slices, list(factors))
 
 
-def _anchored(prior_var: float, group: Group, anchor: Sequence[Tensor], moments: Moments) -> Tensor:
-    """The divergence of a group, whose gradient goes to an anchor."""
+def _anchored(prior_var: float, group: Group, zero: Tensor, shared: Shared) -> Tensor:
+    """The divergence of a group, whose gradient goes to the node of its draws."""
     _, means, logvars = group
-    total: Any = _divergence_by_moments(moments, prior_var)
+    total: Any = _divergence_by_moments(shared, prior_var)
     if total is None:
         with torch.no_grad():
             total = sum(_divergences((*means, *logvars), prior_var, parts(means)))
-    return _zeros(prior_var, *anchor).add(total)
+    return zero.add(total)
 
 
-def _zeros(prior_var: float, by: Tensor, less: Tensor) -> Tensor:
-    """What sends the gradient of a divergence to an anchor, which is zeros."""
-    return by.mul(1 / prior_var).sub(less, alpha=0.5)
-
-
-def _divergence_by_moments(moments: Moments, prior_var: float) -> float | None:
+def _divergence_by_moments(shared: Shared, prior_var: float) -> float | None:
     """The divergence, if moments give it to as many digits as the elements do."""
+    moments = tuple(shared.moments)
     shift, total = math.log(prior_var), 0.0
-    for size, squares, variances, logvars, largest in tuple(moments):
+    for size, squares, variances, logvars in moments:
         # Single precision loses up to 1e-4 of a sum of squares. It must be small beside the rest.
-        if not largest - shift < -4:
+        if not variances <= 0.018 * prior_var * size:
             return None
         total += (squares + variances) / prior_var - size - (logvars - size * shift)
     return 0.5 * total if moments else None

@@ -244,7 +244,7 @@ class GaussianTensor(torch.Tensor):
         given = gaussians_in((*args, *kwargs.values()))
         found = RULES.get(func)
         if found is not None and not (given and given[0].noise.estimator == "weights"):
-            if any(map(_is_pinned, given)):
+            if any([g.parameter in g.noise.pinned for g in given]):
                 return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
             out = found(*args, **kwargs)
             if out is not NotImplemented:

@@ -62,7 +62,7 @@ class ContextNoise:
         last = turned.dim() - 1 if turned.dim() > 1 or example is None else 1
         features = turned.shape[last:]
         rows = self._rows(source, math.prod(turned.shape[:last]), features, like, torch.randn)
-        noise = rows.view(turned.shape)
+        noise = rows if rows.shape == turned.shape else rows.view(turned.shape)
         return noise.movedim(0, example) if example else noise
 
     def signs(self, source: tuple[str, ...], count: int, size: int, like: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class ContextNoise:
                 missing = (count - known, *features)
                 more = sample(missing, dtype=like.dtype, device=like.device)
                 rows = self._kept[key] = more if rows is None else torch.cat((rows, more))
-        return rows[:count]
+        return rows if len(rows) == count else rows[:count]
 
 
 class ParticleNoise(ContextNoise):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes import gaussian
-from pyro_bayes.anchor import Posterior
+from pyro_bayes.anchor import Posterior, Shared
 from pyro_bayes.flat import keeps_graph
 from pyro_bayes.fused import Outputs, by_formula, groups, noise
 
@@ -37,7 +37,7 @@ def scored_draws(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
                 draw = gaussian.draw(mean, logvar, epsilon)
                 found[name] = draw, gaussian.log_density(logvar, epsilon)
             continue
-        *draws, squares, scores = Outputs.apply("draws", "scores", [], *means, *logvars)
+        *draws, squares, scores = Outputs.apply("draws", "scores", Shared(), *means, *logvars)
         found.update(zip(names, zip(draws, scores.unbind(), strict=True), strict=True))
         if squares.requires_grad:
             probe = torch.empty((), requires_grad=True).view(())

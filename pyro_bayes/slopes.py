@@ -54,7 +54,7 @@ def slopes(
     memory = room(means, slices, 2)
     for i, part in enumerate(slices):
         mean, logvar = known or (gather(means[part]), gather(logvars[part]))
-        of_mean, of_logvar = next(memory)
+        of_mean, of_logvar = memory[i]
         flat = [mean, logvar, of_mean, of_logvar]
         if spreads:
             flat += _given(of_outputs[part], means[part]), spreads[i]

@@ -153,10 +153,11 @@ class Swap:
         finally:
             self._layers = [layer for layer in self._layers if layer is not values]
             for name in values:
-                below = (layer[name] for layer in reversed(self._layers) if name in layer)
-                value = next(below, self._originals[name])
+                below: Tensor = self._originals[name]
+                for layer in self._layers:
+                    below = layer.get(name, below)
                 for container, key in self._places[name]:
-                    container[key] = value
+                    container[key] = below
             for container, key, value in attributes:
                 if value is not _MISSING:
                     container[key] = value

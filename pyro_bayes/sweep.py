@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,14 +18,16 @@ class Sweep(NamedTuple):
     r"""What one pass over all parameters gives.
 
     Arguments:
+        slices: Which parameters are side by side, see :func:`~pyro_bayes.flat.parts`.
         outputs: What was computed of each parameter.
-        spreads: Of each part, see :func:`~pyro_bayes.flat.parts`, the deviations
-            :math:`\sigma \epsilon` or the variances :math:`\sigma^2`, side by side.
+        spreads: Of each part, the deviations :math:`\sigma \epsilon` or the variances
+            :math:`\sigma^2`, side by side.
         scores: The sums of :math:`\log \sigma^2 + \epsilon^2` and of the squares of each draw, of
             shape `(2, number of draws)`, if they were wanted.
         known: All means and log-variances side by side, if they were copied.
     """
 
+    slices: Sequence[slice]
     outputs: list[Tensor]
     spreads: list[Tensor]
     scores: Tensor | None
@@ -51,18 +52,17 @@ def sweep(
         scored: Whether draws are summed.
         moments: Where moments of each block go, if they are wanted.
     """
+    slices = parts(means)
     device = kernels(means)
     if device:
         output, spread, sums = device.draw(kind, means, logvars, apart, scored)
-        return Sweep([*scatter(output, means)], [spread], sums, None)
-    slices = parts(means)
-    memory = room(means, slices, 2 if apart else 1)
+        return Sweep(slices, [*scatter(output, means)], [spread], sums, None)
     outputs: list[Tensor] = []
     spreads: list[Tensor] = []
     scores: list[Tensor] = []
-    for part in slices:
+    memory = room(means, slices, 2 if apart else 1)
+    for part, (output, *kept) in zip(slices, memory, strict=True):
         mean, logvar = gather(means[part]), gather(logvars[part])
-        output, *kept = next(memory)
         spread = kept[0] if apart else output
         score: Any = 0
         for m, v, s, o in blocks(mean, logvar, spread, output):
@@ -82,17 +82,16 @@ def sweep(
                     score = score + torch.stack(sums)
             if moments is not None:  # while the block is at hand
                 variance = s.sum() if kind == "variances" else torch.dot(scale, scale)
-                squares = float(torch.dot(m, m))
-                largest = float(v.amax()) if len(v) else -math.inf
-                moments.append((len(v), squares, float(variance), float(v.sum()), largest))
+                squares, logs = float(torch.dot(m, m)), float(v.sum())
+                moments.append((len(v), squares, float(variance), logs))
         outputs += scatter(output, means[part])
         spreads.append(spread)
         if scored:
             scores.append(score.view(2, -1))
     # Elsewhere, all parameters are one part, of which a copy would be large.
-    small = len(means) > 1 and len(slices) == 1 and means[0].device.type == "cpu"
+    small = means[0].is_cpu and len(means) > 1 and len(slices) == 1
     known = (mean, logvar) if small else None
-    return Sweep(outputs, spreads, torch.cat(scores, 1) if scored else None, known)
+    return Sweep(slices, outputs, spreads, torch.cat(scores, 1) if scored else None, known)
 
 
 def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -81,7 +81,7 @@ def test_draws_are_the_same_with_and_without_a_graph(posterior):
 @pytest.mark.parametrize("kind", get_args(fused.Kind))
 def test_outputs_are_the_same_if_nothing_trains(posterior, kind, monkeypatch):
     def filled(*args):  # as memory that was in use before
-        return iter([[memory.fill_(math.nan) for memory in row] for row in room(*args)])
+        return [[memory.fill_(math.nan) for memory in row] for row in room(*args)]
 
     room = sweep.room
     monkeypatch.setattr(sweep, "room", filled)
@@ -188,6 +188,16 @@ def test_divergence_after_draws_of_one_variance(kind, shift):
     expected = gaussian.kl_divergence(mean.double(), logvar.double(), 0.1).item()
     _, anchor = fused.outputs_and_anchor(kind, posterior)
     assert fused.kl_divergence(posterior, 0.1, anchor).item() == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("wide", [0.0, 2.0])
+def test_divergence_after_draws_of_two_variances(wide):
+    logvar = math.log(0.1) + torch.tensor([wide, -12.0]).repeat(flat.BLOCK)
+    posterior = {"w": (torch.zeros(2 * flat.BLOCK), logvar.requires_grad_())}
+    double = [p.detach().double() for p in posterior["w"]]
+    expected = gaussian.kl_divergence(*double, 0.1).item()
+    _, anchor = fused.outputs_and_anchor("draws", posterior)
+    assert fused.kl_divergence(posterior, 0.1, anchor).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", get_args(fused.Kind))
@@ -349,6 +359,15 @@ def test_a_divergence_shares_no_node_with_draws_of_another_posterior(posterior):
     assert not anchor.is_of(posterior)
     fused.kl_divergence(posterior, 0.5, anchor).backward()
     torch.testing.assert_close(posterior["b"][0].grad, 2 * posterior["b"][0].detach())
+
+
+def test_divergences_from_two_priors_share_no_node(posterior):
+    _, anchor = fused.outputs_and_anchor("draws", posterior)
+    first, again, other = (fused.kl_divergence(posterior, v, anchor) for v in (0.3, 0.3, 2.0))
+    assert ["OutputsBackward" in nodes(kl.grad_fn) for kl in (first, again, other)] == [1, 1, 0]
+    expected = [gaussian.kl_divergence(*q, v) for q in posterior.values() for v in (0.3, 0.3, 2.0)]
+    found = torch.autograd.grad(first + again + other, leaves(posterior))
+    torch.testing.assert_close(found, torch.autograd.grad(sum(expected), leaves(posterior)))
 
 
 @pytest.mark.parametrize("kind", get_args(fused.Kind))

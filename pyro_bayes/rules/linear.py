@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_bayes.estimator import affine, example_dim
-from pyro_bayes.gaussian_tensor import GaussianTensor, rule
+from pyro_bayes.gaussian_tensor import GaussianTensor, mean_of, rule
 
 
 @rule(F.linear)
@@ -20,7 +20,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
     """A linear layer whose input has a given dimension that counts examples, or none."""
-    if weight.dim() < 2:
+    if mean_of(weight).dim() < 2:
         return NotImplemented
     return affine(
         "linear",
