@@ -104,6 +104,23 @@ def slopes(
     return of_mean, of_logvar
 
 
+def rows(mean: Tensor, scale: Tensor, out: Tensor, seed: int, start: int) -> None:
+    r"""Writes draws :math:`\mu + \sigma \epsilon`, one in each row.
+
+    Arguments:
+        mean: The mean of all elements side by side.
+        scale: Their standard deviations.
+        out: Where draws go, of shape `(number of draws, elements)`, each row contiguous.
+        seed: The seed. Each draw depends on it and on its number alone.
+        start: The number of the first draw.
+    """
+    blocks = triton.cdiv(len(mean), BLOCK)
+    with torch.cuda.device_of(out):
+        _rows[(blocks * len(out),)](
+            mean, scale, out, seed, start, len(mean), out.stride(0), blocks, block=BLOCK
+        )
+
+
 def divergences(means: Sequence[Tensor], logvars: Sequence[Tensor], prior_var: float) -> Tensor:
     """Returns the divergence of each parameter from a centred Gaussian."""
     table = _table_of(means, logvars)
@@ -182,6 +199,17 @@ def _draw(
         if scored:
             tl.store(partial + row, tl.sum(tl.where(mask, v + epsilon * epsilon, 0.0)))
             tl.store(partial + count + row, tl.sum(tl.where(mask, o * o, 0.0)))
+
+
+@triton.jit
+def _rows(mean, scale, out, seed, start, size, stride, blocks, block: tl.constexpr):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * block + tl.arange(0, block)
+    mask = i < size
+    epsilon = tl.randn(seed, (start + row) * size + i)
+    draw = tl.load(mean + i, mask=mask, other=0.0)
+    draw += epsilon * tl.load(scale + i, mask=mask, other=0.0)
+    tl.store(out + row * stride + i, draw, mask=mask)
 
 
 @triton.jit

@@ -88,6 +88,23 @@ def test_draws_depend_on_the_seed_alone(kernels, means, logvars):
         assert torch.equal(first, again)
 
 
+def test_rows(kernels):
+    size = 1500
+    mean, scale = torch.randn(size, device=DEVICE), torch.rand(size, device=DEVICE) + 0.1
+    out = torch.full((5, size + 4), math.nan, device=DEVICE)
+    kernels.rows(mean, scale, out, 2**62 + 7, 0)
+    assert out[:, size:].isnan().all()
+    epsilon = (out[:, :size] - mean) / scale
+    assert abs(epsilon.mean()) < 5 / epsilon.numel() ** 0.5
+    assert abs(epsilon.var() - 1) < 5 * (2 / epsilon.numel()) ** 0.5
+    assert (epsilon[0] != epsilon[1]).all()
+    later = torch.empty(2, size, device=DEVICE)
+    kernels.rows(mean, scale, later, 2**62 + 7, 3)
+    assert torch.equal(later, out[3:, :size])
+    kernels.rows(mean, scale, later, 2**62 + 8, 3)
+    assert (later != out[3:, :size]).all()
+
+
 @pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
 @pytest.mark.parametrize("given", [True, False], ids=["outputs", "alone"])
 @pytest.mark.parametrize("factor", FACTORS)
