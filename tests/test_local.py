@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_bayes import BayesianModel
 from pyro_bayes.gaussian_tensor import GaussianTensor, mean_of, variance_of
-from pyro_bayes.noise import ContextNoise
+from pyro_bayes.noise import ContextNoise, ParticleNoise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -375,6 +375,15 @@ def test_gradients_under_autocast(local_trick, monkeypatch):
     assert output.dtype == torch.bfloat16
     for exact, cast in zip(*found, strict=True):
         torch.testing.assert_close(cast, exact, rtol=0.0, atol=0.1 * float(exact.abs().max()))
+
+
+def test_particles_of_parameters_agree_on_whose_signs_they_share():
+    noise, like = ContextNoise("flipout"), torch.empty(())
+    weight, bias = (ParticleNoise(noise, 3, torch.tensor(1)) for _ in range(2))
+    assert bias.share(("bias", "0"), ("weight", "0"))
+    signs = weight.signs(("bias", "0"), 20, 6, like)
+    assert torch.equal(signs, weight.signs(("weight", "0"), 20, 6, like))
+    assert not torch.equal(signs, weight.signs(("weight", "1"), 20, 6, like))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
