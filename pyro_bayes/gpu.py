@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def kernels(tensors: Sequence[Tensor]) -> ModuleType | None:
@@ -18,7 +18,10 @@ def kernels(tensors: Sequence[Tensor]) -> ModuleType | None:
         tensors: Contiguous tensors of one device and one floating-point type.
     """
     first = tensors[0]
-    return _kernels(first.device) if first.is_cuda and first.dtype == torch.float32 else None
+    if not first.is_cuda or first.dtype != torch.float32:
+        return None
+    # Of other classes, as those that only pretend to have memory, no address is known.
+    return _kernels(first.device) if type(first) in (Tensor, nn.Parameter) else None
 
 
 @lru_cache
