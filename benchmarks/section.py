@@ -65,12 +65,23 @@ def publish(parts: Iterable[str], section: Section | None) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int = 1) -> str:
-    """Returns a table in Markdown.
+    """Returns a table in Markdown, and below it why some cells have no number.
 
     Arguments:
         header: The titles of the columns.
-        rows: The cells of each row.
+        rows: The cells of each row. What follows a cell's `cannot: ` goes below the table.
         labels: The number of columns that are text; the others are aligned to the right.
     """
     ruler = ["---"] * labels + ["---:"] * (len(header) - labels)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
+    short = [[cell.partition(": ")[0] if "cannot: " in cell else cell for cell in r] for r in rows]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ruler, *short)]
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for i, title in enumerate(header):
+        for row in rows:
+            _, cannot, reason = row[i].partition("cannot: ")
+            if cannot:
+                reasons.setdefault(reason, {}).setdefault(title, []).append(row[0])
+    for reason, columns in reasons.items():
+        where = "; ".join(f"{title}: {', '.join(names)}" for title, names in columns.items())
+        lines += ["", f"*cannot*: {reason} ({where})."]
+    return "\n".join(lines)

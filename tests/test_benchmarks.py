@@ -39,6 +39,14 @@ def test_speed(tmp_path):
     assert (tmp_path / "cost.png").exists()
 
 
+def test_reasons_are_below_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rows = [["x", "1.0", "cannot: no layer"], ["y", "cannot: no layer", "cannot: no layer"]]
+    lines = import_module("section").table(["", "a", "b"], rows).splitlines()
+    assert lines[2:4] == ["| x | 1.0 | cannot |", "| y | cannot | cannot |"]
+    assert lines[4:] == ["", "*cannot*: no layer (a: y; b: x, y)."]
+
+
 def test_readme_repeats_the_figures():
     """On a dense net, the variance is at least 10 and 100 times lower."""
     text = (ROOT / "benchmarks" / "README.md").read_text()
