@@ -275,7 +275,7 @@ def _divergences(
     """The divergences of parts of the parameters, numbers on a CPU and tensors elsewhere."""
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
-    device = kernels(means)
+    device = kernels(means, logvars)
     if device:
         each = device.divergences(means, logvars, prior_var)
         return [each[part].sum() for part in slices] if len(slices) < count else [*each.unbind()]
@@ -301,7 +301,7 @@ def _divergence_of_each(parameters: Sequence[Tensor], prior_var: float) -> Tenso
     """The divergence of each parameter."""
     count = len(parameters) // 2
     means, logvars = parameters[:count], parameters[count:]
-    device = kernels(means)
+    device = kernels(means, logvars)
     if device:
         return device.divergences(means, logvars, prior_var)  # type: ignore[no-any-return]
     number: Any = float if means[0].device.type == "cpu" else _itself

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 
-def kernels(tensors: Sequence[Tensor]) -> ModuleType | None:
-    """Returns the module `pyro_bayes.kernels` if it can serve tensors, or else `None`.
+def kernels(means: Sequence[Tensor], logvars: Sequence[Tensor]) -> ModuleType | None:
+    """Returns the module `pyro_bayes.kernels` if it can serve parameters, or else `None`.
 
     Arguments:
-        tensors: Contiguous tensors of one device and one floating-point type.
+        means: The means, contiguous, of one device and one floating-point type.
+        logvars: The log-variances.
     """
-    first = tensors[0]
+    first = means[0]
     if not first.is_cuda or first.dtype != torch.float32:
+        return None
+    if not all([logvar.is_contiguous() for logvar in logvars]):
         return None
     # Of other classes, as those that only pretend to have memory, no address is known.
     return _kernels(first.device) if type(first) in (Tensor, nn.Parameter) else None

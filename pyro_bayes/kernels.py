@@ -201,7 +201,7 @@ def _draw(
             tl.store(partial + count + row, tl.sum(tl.where(mask, o * o, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "start", "size", "stride", "blocks"])
 def _rows(mean, scale, out, seed, start, size, stride, blocks, block: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * block + tl.arange(0, block)

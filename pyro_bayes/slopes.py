@@ -42,11 +42,15 @@ def slopes(
     if torch.is_grad_enabled() or transformed():  # second derivatives or many at once are wanted
         inputs = factors, kind == "draws", weight, of_outputs, spreads, of_squares
         return _by_formula(means, logvars, slices, *inputs)
-    device = kernels(means)
+    device = kernels(means, logvars)
     if device:
         grad, spread = (_given(of_outputs, means), spreads[0]) if spreads else (None, None)
+        factor = factors[0]
+        if len(factors) > 1:
+            by, less = zip(*filter(None, factors), strict=True)
+            factor = torch.stack(by), torch.stack(less)
         of_mean, of_logvar = device.slopes(
-            means, logvars, factors[0], grad, spread, weight, kind == "draws", of_squares
+            means, logvars, factor, grad, spread, weight, kind == "draws", of_squares
         )
         return [*scatter(of_mean, means), *scatter(of_logvar, means)]
     of_means: list[Tensor | None] = []

@@ -53,7 +53,7 @@ def sweep(
         moments: Where moments of each block go, if they are wanted.
     """
     slices = parts(means)
-    device = kernels(means)
+    device = kernels(means, logvars)
     if device:
         output, spread, sums = device.draw(kind, means, logvars, apart, scored)
         return Sweep(slices, [*scatter(output, means)], [spread], sums, None)

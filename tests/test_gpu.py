@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pyro
 import pytest
@@ -49,7 +50,9 @@ def close(found, expected, rtol=2e-4, atol=2e-5):
 
 def test_kernels_are_at_work(bnn):
     single = next(bnn.parameters()).dtype == torch.float32
-    assert (gpu.kernels([*bnn.parameters()]) is not None) == single
+    assert (
+        gpu.kernels([*bnn.means.parameters()], [*bnn.logvars.parameters()]) is not None
+    ) == single
 
 
 def test_gradients_are_those_of_the_formulas(bnn, data):
@@ -95,14 +98,30 @@ def test_divergences(bnn):
     on_cpu = copy.deepcopy(bnn).cpu().double()
     close(bnn.kl_divergence(), on_cpu.kl_divergence())
     close(bnn.kl_divergence(prior_var="empirical"), on_cpu.kl_divergence(prior_var="empirical"))
-    variances = {"conv.*": 0.1, "*": 2.0}
-    close(bnn.kl_divergence(variances), on_cpu.kl_divergence(variances))
-    with bnn.reparameterize():
+
+
+@pytest.mark.parametrize("prior_var", [0.3, {"conv.*": 0.1, "*": 2.0}], ids=["one", "patterns"])
+@pytest.mark.parametrize("drawn", [False, True], ids=["alone", "after draws"])
+def test_gradients_of_divergences(bnn, prior_var, drawn):
+    on_cpu = copy.deepcopy(bnn).cpu().double()
+    with bnn.reparameterize() if drawn else nullcontext():
         pass
-    bnn.kl_divergence(variances).backward()
-    on_cpu.kl_divergence(variances).backward()
+    found, expected = bnn.kl_divergence(prior_var), on_cpu.kl_divergence(prior_var)
+    close(found, expected)
+    (3 * found).backward()
+    (3 * expected).backward()
     for one, other in zip(bnn.parameters(), on_cpu.parameters(), strict=True):
         close(one.grad, other.grad)
+
+
+def test_other_layouts(bnn):
+    bnn.to(memory_format=torch.channels_last)
+    assert not bnn.means.conv.weight.is_contiguous()
+    draw = bnn.sample_params()["conv.weight"]
+    logvar = torch.full_like(draw, -80.0)
+    posterior = {"w": (bnn.means.conv.weight.contiguous(), logvar)}
+    assert not logvar.is_contiguous()
+    close(fused.draws(posterior)["w"], bnn.means.conv.weight)
 
 
 @pytest.mark.parametrize("local_trick", ESTIMATORS)
