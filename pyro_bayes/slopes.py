@@ -45,12 +45,9 @@ def slopes(
     device = kernels(means, logvars)
     if device:
         grad, spread = (_given(of_outputs, means), spreads[0]) if spreads else (None, None)
-        factor = factors[0]
-        if len(factors) > 1:
-            by, less = zip(*filter(None, factors), strict=True)
-            factor = torch.stack(by), torch.stack(less)
+        pair = factors[0] if len(factors) == 1 else _stacked(factors)
         of_mean, of_logvar = device.slopes(
-            means, logvars, factor, grad, spread, weight, kind == "draws", of_squares
+            means, logvars, pair, grad, spread, weight, kind == "draws", of_squares
         )
         return [*scatter(of_mean, means), *scatter(of_logvar, means)]
     of_means: list[Tensor | None] = []
@@ -124,6 +121,12 @@ def _by_formula(
                 of_means[k] = of_means[k] + grad if of_draws else of_means[k]
                 of_logvars[k] = of_logvars[k] + weight * grad * varied
     return of_means + of_logvars
+
+
+def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """The factors of several parts that are one parameter each."""
+    first, second = zip(*[pair for pair in factors if pair is not None], strict=True)
+    return torch.stack(first), torch.stack(second)
 
 
 def _given(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
