@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any, Literal
 
 import torch
@@ -170,19 +171,20 @@ class Outputs(torch.autograd.Function):
         means, logvars = parameters[:count], parameters[count:]
         outputs: list[Tensor] = []
         spreads = []
-        scores: list[Tensor] = []
+        surprises: list[Any] = []
+        squares: list[Any] = []
         scored = numbers == "scores"
         slices = parts(means)
         cpu = means[0].is_cpu
+        number: Any = float if cpu else _itself  # other devices would have to be waited for
         trains = any(ctx.needs_input_grad)
         apart = kind == "draws" and (trains or scored)
-        # Other devices would have to be waited for.
         counts = trains and cpu and not scored
         memory = room(means, slices, 2 if apart else 1)
         for part, (output, *kept) in zip(slices, memory, strict=True):
             mean, logvar = gather(means[part]), gather(logvars[part])
             spread = kept[0] if apart else output
-            score: Any = 0
+            sums: list[Any] = []
             for m, v, s, o in blocks(mean, logvar, spread, output):
                 if kind == "variances":
                     torch.exp(v, out=s)
@@ -191,22 +193,22 @@ class Outputs(torch.autograd.Function):
                     s.normal_()
                     if scored:
                         torch.addcmul(v, s, s, out=o)
-                        scores_of = [own.sum() for own in _owned(o, means[part])]
+                        found = [number(own.sum()) for own in _owned(o, means[part])]
                     scale = torch.mul(v, 0.5).exp_()
                     s.mul_(scale)
                     if kind == "draws":
                         torch.add(m, s, out=o)
                     if scored:
-                        scores_of += [torch.dot(own, own) for own in _owned(o, means[part])]
-                        score = score + torch.stack(scores_of)
+                        found += [number(torch.dot(own, own)) for own in _owned(o, means[part])]
+                        sums = [*map(add, sums, found)] if sums else found
                     variance = torch.dot(scale, scale) if counts else None
                 if variance is not None:  # while the block is at hand
-                    squares, logs = float(torch.dot(m, m)), float(v.sum())
-                    shared.moments.append((len(v), squares, float(variance), logs))
+                    second, logs = float(torch.dot(m, m)), float(v.sum())
+                    shared.moments.append((len(v), second, float(variance), logs))
             outputs += scatter(output, means[part])
             spreads.append(spread)
-            if scored:
-                scores.append(score.view(2, -1))
+            surprises += sums[: len(sums) // 2]
+            squares += sums[len(sums) // 2 :]
         # Elsewhere, all parameters are one part, of which a copy would be large.
         ctx.flat = (mean, logvar) if cpu and count > 1 and len(slices) == 1 else None
         ctx.kind, ctx.scored, ctx.shared, ctx.slices = kind, scored, shared, slices
@@ -216,9 +218,9 @@ class Outputs(torch.autograd.Function):
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
         if not scored:
             return *outputs, means[0].new_zeros(() if numbers == "all" else count)
-        surprises, squares = torch.cat(scores, 1).mul_(0.5)
-        halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
-        return *outputs, squares, surprises.add_(halves).neg_()
+        constants = [m.numel() * math.log(2 * math.pi) for m in means]
+        densities = _joined([*map(add, surprises, constants)], means[0]).mul_(-0.5)
+        return *outputs, _joined(squares, means[0]).mul_(0.5), densities
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -246,7 +248,8 @@ class Outputs(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         same = (by, less) if anchored else None
         each = anchored and by.dim() > 0
-        factors = [(by[part], less[part]) if each else same for part in ctx.slices]
+        several = each and len(ctx.slices) > 1
+        factors = [(by[part], less[part]) if several else same for part in ctx.slices]
         found = slopes(
             ctx.parameters,
             ctx.slices,
