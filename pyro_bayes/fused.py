@@ -19,7 +19,7 @@ from pyro_bayes.anchor import Anchor, Group, Posterior, Serves, Shared, versions
 from pyro_bayes.flat import blocks, gather, keeps_graph, parts, transformed
 from pyro_bayes.gpu import kernels
 from pyro_bayes.slopes import Kind, slopes
-from pyro_bayes.sweep import sweep
+from pyro_bayes.sweep import as_number, joined, sweep
 
 
 def draws(posterior: Posterior) -> dict[str, Tensor]:
@@ -184,9 +184,8 @@ class Outputs(torch.autograd.Function):
         ctx.parameters, ctx.versions, ctx.spreads = parameters, versions(parameters), spreads
         if scores is None:
             return *outputs, means[0].new_zeros(() if numbers == "all" else count)
-        surprises, squares = scores.mul_(0.5)
-        halves = means[0].new_tensor([m.numel() * 0.5 * math.log(2 * math.pi) for m in means])
-        return *outputs, squares, surprises.add_(halves).neg_()
+        surprises, squares = scores.unbind()
+        return *outputs, squares * 0.5, surprises * -0.5
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -214,7 +213,8 @@ class Outputs(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         same = (by, less) if anchored else None
         each = anchored and by.dim() > 0
-        factors = [(by[part], less[part]) if each else same for part in ctx.slices]
+        several = each and len(ctx.slices) > 1
+        factors = [(by[part], less[part]) if several else same for part in ctx.slices]
         found = slopes(
             ctx.parameters,
             ctx.slices,
@@ -239,7 +239,7 @@ class _Divergences(torch.autograd.Function):
     def forward(ctx: Any, prior_var: float, slices: Sequence[slice], *parameters: Tensor) -> Tensor:
         ctx.prior_var, ctx.slices = prior_var, slices
         ctx.save_for_backward(*parameters)
-        return _joined(_divergences(parameters, prior_var, slices), parameters[0])
+        return joined(_divergences(parameters, prior_var, slices), parameters[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
@@ -280,7 +280,7 @@ def _divergences(
         each = device.divergences(means, logvars, prior_var)
         return [each[part].sum() for part in slices] if len(slices) < count else [*each.unbind()]
     cpu = means[0].device.type == "cpu"
-    number: Any = float if cpu else _itself  # other devices would have to be waited for
+    number = as_number(means[0])
     shift = math.log(prior_var)
     totals = []
     for part in slices:
@@ -304,7 +304,7 @@ def _divergence_of_each(parameters: Sequence[Tensor], prior_var: float) -> Tenso
     device = kernels(means, logvars)
     if device:
         return device.divergences(means, logvars, prior_var)  # type: ignore[no-any-return]
-    number: Any = float if means[0].device.type == "cpu" else _itself
+    number = as_number(means[0])
     totals = []
     for part in parts(means):
         if len(means[part]) == 1:
@@ -314,12 +314,4 @@ def _divergence_of_each(parameters: Sequence[Tensor], prior_var: float) -> Tenso
         terms = torch.expm1(ratio).sub_(ratio).addcmul_(mean, mean, value=1 / prior_var)
         sizes = [m.numel() for m in means[part]]
         totals += [number(term.sum()) * 0.5 for term in terms.split(sizes)]
-    return _joined(totals, means[0])
-
-
-def _joined(numbers: Sequence[Any], like: Tensor) -> Tensor:
-    return like.new_tensor(numbers) if isinstance(numbers[0], float) else torch.stack([*numbers])
-
-
-def _itself(value: Any) -> Any:
-    return value
+    return joined(totals, means[0])

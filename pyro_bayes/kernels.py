@@ -53,7 +53,7 @@ def draw(
 
     Returns:
         What was computed, side by side, deviations or the same again, and the sums of
-        :math:`\log \sigma^2 + \epsilon^2` and of squared draws, of shape `(2, number of draws)`.
+        :math:`\log 2 \pi \sigma^2 + \epsilon^2` and of squares, of shape `(2, number of draws)`.
     """
     table = _table_of(means, logvars)
     output = means[0].new_empty(table.size)
@@ -63,7 +63,7 @@ def draw(
     key = table.rows if variances else _key(output.device)
     with torch.cuda.device_of(output):
         _draw[(len(table.rows),)](
-            table.rows, key, output, spread, partial, len(table.rows),
+            table.rows, key, output, spread, partial, len(table.rows), math.log(2 * math.pi),
             variances=variances, draws=kind == "draws", apart=apart, scored=scored, block=BLOCK,
         )  # fmt: skip
     return output, spread, _sums(table, partial) if scored else None
@@ -176,7 +176,7 @@ def _table(addresses: Sequence[int], sizes: Sequence[int], device: torch.device)
 
 @triton.jit
 def _draw(
-    rows, key, output, spread, partial, count,
+    rows, key, output, spread, partial, count, log_two_pi,
     variances: tl.constexpr, draws: tl.constexpr, apart: tl.constexpr, scored: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def _draw(
         o = tl.load(mean + i, mask=mask, other=0.0) + s if draws else s
         tl.store(output + place + i, o, mask=mask)
         if scored:
-            tl.store(partial + row, tl.sum(tl.where(mask, v + epsilon * epsilon, 0.0)))
+            tl.store(partial + row, tl.sum(tl.where(mask, v + log_two_pi + epsilon * epsilon, 0.0)))
             tl.store(partial + count + row, tl.sum(tl.where(mask, o * o, 0.0)))
 
 

@@ -183,12 +183,13 @@ def stack(
         if isinstance(value, GaussianTensor) and value.noise.estimator == "weights":
             value = drawn(value)
         shape = originals[name].shape
+        if value.shape == shape:
+            stacked[name] = value
+            continue
         draws = math.prod(value.shape[: value.dim() - len(shape)])
         if draws > 1:
             batched[name] = draws
-        if isinstance(value, GaussianTensor) and value.shape == shape:
-            stacked[name] = value
-        elif isinstance(value, GaussianTensor):
+        if isinstance(value, GaussianTensor):
             stacked[name] = GaussianTensor.of(*value.posterior, name, value.noise)
         else:
             stacked[name] = value.reshape((draws, *shape) if draws > 1 else shape)

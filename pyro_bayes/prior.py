@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import pyro.distributions as dist
@@ -147,7 +146,6 @@ class GaussianPrior(PyroModule):
         super().__init__(site_prefix)
         # Sites are attributes of this module under any name that a parameter may have. So what else
         # it has bears a mangled name, and the buffers a name that no attribute has.
-        self.__names = tuple(parameters)
         if not isinstance(variance, PriorVariances):
             variance = PriorVariances(dict.fromkeys(parameters, variance))
         sites, likes = {}, {}
@@ -159,6 +157,8 @@ class GaussianPrior(PyroModule):
         plant(self, sites, node=PyroModule)
         for (path, like), zero in likes.items():
             self.get_submodule(path).register_buffer(like, zero, persistent=False)
+        owners = ((name, *name.rpartition(".")[::2]) for name in parameters)
+        self.__sites = [(name, self.get_submodule(path), leaf) for name, path, leaf in owners]
 
     def forward(self) -> dict[str, Tensor]:
         """Makes the sample statements.
@@ -166,7 +166,7 @@ class GaussianPrior(PyroModule):
         Returns:
             The value of each site by the name of its parameter.
         """
-        return {name: attrgetter(name)(self) for name in self.__names}
+        return {name: getattr(module, leaf) for name, module, leaf in self.__sites}
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +24,8 @@ class Sweep(NamedTuple):
         outputs: What was computed of each parameter.
         spreads: Of each part, the deviations :math:`\sigma \epsilon` or the variances
             :math:`\sigma^2`, side by side.
-        scores: The sums of :math:`\log \sigma^2 + \epsilon^2` and of the squares of each draw, of
-            shape `(2, number of draws)`, if they were wanted.
+        scores: The sums of :math:`\log 2 \pi \sigma^2 + \epsilon^2` and of the squares of each
+            draw, of shape `(2, number of draws)`, if they were wanted.
         known: All means and log-variances side by side, if they were copied.
     """
 
@@ -55,16 +57,18 @@ def sweep(
     slices = parts(means)
     device = kernels(means, logvars)
     if device:
-        output, spread, sums = device.draw(kind, means, logvars, apart, scored)
-        return Sweep(slices, [*scatter(output, means)], [spread], sums, None)
+        output, spread, scores = device.draw(kind, means, logvars, apart, scored)
+        return Sweep(slices, [*scatter(output, means)], [spread], scores, None)
+    number = as_number(means[0])
     outputs: list[Tensor] = []
     spreads: list[Tensor] = []
-    scores: list[Tensor] = []
+    surprises: list[Any] = []
+    squares: list[Any] = []
     memory = room(means, slices, 2 if apart else 1)
     for part, (output, *kept) in zip(slices, memory, strict=True):
         mean, logvar = gather(means[part]), gather(logvars[part])
         spread = kept[0] if apart else output
-        score: Any = 0
+        sums: list[Any] = []
         for m, v, s, o in blocks(mean, logvar, spread, output):
             if kind == "variances":
                 torch.exp(v, out=s)
@@ -72,26 +76,30 @@ def sweep(
                 s.normal_()
                 if scored:
                     torch.addcmul(v, s, s, out=o)
-                    sums = [own.sum() for own in _owned(o, means[part])]
+                    found = [number(own.sum()) for own in _owned(o, means[part])]
                 scale = torch.mul(v, 0.5).exp_()
                 s.mul_(scale)
                 if kind == "draws":
                     torch.add(m, s, out=o)
                 if scored:
-                    sums += [torch.dot(own, own) for own in _owned(o, means[part])]
-                    score = score + torch.stack(sums)
+                    found += [number(torch.dot(own, own)) for own in _owned(o, means[part])]
+                    sums = [*map(add, sums, found)] if sums else found
             if moments is not None:  # while the block is at hand
                 variance = s.sum() if kind == "variances" else torch.dot(scale, scale)
-                squares, logs = float(torch.dot(m, m)), float(v.sum())
-                moments.append((len(v), squares, float(variance), logs))
+                second, logs = float(torch.dot(m, m)), float(v.sum())
+                moments.append((len(v), second, float(variance), logs))
         outputs += scatter(output, means[part])
         spreads.append(spread)
-        if scored:
-            scores.append(score.view(2, -1))
+        surprises += sums[: len(sums) // 2]
+        squares += sums[len(sums) // 2 :]
     # Elsewhere, all parameters are one part, of which a copy would be large.
     small = means[0].is_cpu and len(means) > 1 and len(slices) == 1
     known = (mean, logvar) if small else None
-    return Sweep(slices, outputs, spreads, torch.cat(scores, 1) if scored else None, known)
+    if not scored:
+        return Sweep(slices, outputs, spreads, None, known)
+    constants = [m.numel() * math.log(2 * math.pi) for m in means]
+    scores = joined([*map(add, surprises, constants), *squares], means[0]).view(2, -1)
+    return Sweep(slices, outputs, spreads, scores, known)
 
 
 def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -100,3 +108,17 @@ def _owned(block: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         return (block,)
     sizes = [parameter.numel() for parameter in parameters]
     return block.split(sizes)  # type: ignore[no-any-return]
+
+
+def as_number(like: Tensor) -> Callable[[Tensor], Any]:
+    """Returns what makes a number of a 0-dim tensor, or leaves it if it had to be waited for."""
+    return float if like.is_cpu else _itself
+
+
+def joined(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    """Returns numbers, or tensors of them, as one tensor of another's type and device."""
+    return like.new_tensor(numbers) if isinstance(numbers[0], float) else torch.stack([*numbers])
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
