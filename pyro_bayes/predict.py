@@ -182,23 +182,27 @@ class _Run:
         return [tally.result() for tally in tallies]
 
     def _outputs(self, call: Function) -> Iterator[tuple[Tensor, ...]]:
-        # A plain call comes first: it shows what outputs are, and what they cost.
-        draws, total = self._draws(0, 1), self._draws.total
+        start, total = 0, self._draws.total
         known = _costs.setdefault(self._base, {})
         cost = known.get(self.kind)
-        wanted = self._chunk_size is None and total > 4
-        with _Calls() if wanted and cost is None else nullcontext() as calls:
-            first = next(self._loop(call, draws))
-        if calls is not None:
-            cost = calls.cost
-            if self.kind is not None:  # counting takes longer than the call
-                known[self.kind] = cost
+        wanted, first = self._chunk_size is None and total > 4, None
+        if self._structure is None and not (wanted and cost):
+            # A plain call shows what outputs are, and what they cost.
+            draws = self._draws(0, 1)
+            with _Calls() if wanted else nullcontext() as calls:
+                first = next(self._loop(call, draws))
+            if calls is not None:
+                cost = calls.cost
+                if self.kind is not None:  # counting takes longer than the call
+                    known[self.kind] = cost
         if wanted and cost is not None:
-            self._chunk_size = cost.chunk_size(self._draws.size, total - 1, self._base)
-        yield first
-        step = self._chunk_size or 1
-        for start in range(1, total, step):
-            draws = self._draws(start, min(step, total - start))
+            self._chunk_size = cost.chunk_size(self._draws.size, total, self._base)
+        step = min(self._chunk_size or 1, total)
+        if first is not None and step == 1:  # in a chunk, it would differ by rounding
+            start = 1
+            yield first
+        for place in range(start, total, step):
+            draws = self._draws(place, min(step, total - place))
             batched = self._batched(call, draws) if step > 1 and not self._failed else None
             yield from self._loop(call, draws) if batched is None else [batched]
 
@@ -262,7 +266,7 @@ def _where(error: BaseException, base: nn.Module) -> str:
 class _Draws:
     """Draws of the weights, the same whenever one begins with the first, and in any chunks.
 
-    Chunks use the same memory, unless all draws are wanted again and few enough to be kept.
+    Chunks use the same memory. If all draws are wanted again, and few enough, they are kept.
     """
 
     def __init__(self, model: TiedModule, total: int, seed: int, again: bool) -> None:
@@ -280,37 +284,37 @@ class _Draws:
         self._generators = [torch.Generator(means.device) for _, means, _ in self._groups]
         self.size = sum(len(means) for _, means, _ in self._groups)
         # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
-        self._widths = [-(-len(means) // 16) * 16 for _, means, _ in self._groups]
-        # What is kept is of one piece: many small ones would scatter what is not kept.
-        self._keeps = again and total * sum(self._widths) <= _KEPT
+        widths = [-(-len(means) // 16) * 16 for _, means, _ in self._groups]
         self._buffers = [
-            means.new_empty(total if self._keeps else 0, width)
-            for (_, means, _), width in zip(self._groups, self._widths, strict=True)
+            means.new_empty(0, width)
+            for (_, means, _), width in zip(self._groups, widths, strict=True)
         ]
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._keeps, self._kept = again and total * sum(widths) <= _KEPT, False
 
     def __call__(self, start: int, count: int) -> dict[str, Tensor]:
         """Returns draws of shape `(count, *)` by name: the first ones, or those that come next."""
-        if start in self._kept:
-            return self._kept[start]
-        if start == 0:
-            for i, generator in enumerate(self._generators):
-                generator.manual_seed(self._seed - i)
-        draws, place = {}, start if self._keeps else 0
-        for i, (names, means, scales) in enumerate(self._groups):
-            if len(self._buffers[i]) < place + count:
-                self._buffers[i] = means.new_empty(count, self._widths[i])
-            rows = self._buffers[i][place : place + count]
-            for part in [rows] if means.device.type == "cpu" else rows.unbind():
-                part.normal_(generator=self._generators[i])
-            buffer = rows[:, : len(means)]
-            torch.addcmul(means, scales, buffer, out=buffer)
-            parts = buffer.split([self._shapes[name].numel() for name in names], dim=1)
+        if not self._kept:
+            self._draw(self.total if self._keeps else count, first=start == 0)
+            self._kept = self._keeps
+        place, draws = start if self._keeps else 0, {}
+        for (names, means, _), buffer in zip(self._groups, self._buffers, strict=True):
+            rows = buffer[place : place + count, : len(means)]
+            parts = rows.split([self._shapes[name].numel() for name in names], dim=1)
             for name, part in zip(names, parts, strict=True):
                 draws[name] = part.view(count, *self._shapes[name])
-        if self._keeps:
-            self._kept[start] = draws
         return draws
+
+    def _draw(self, count: int, first: bool) -> None:
+        for i, (_, means, scales) in enumerate(self._groups):
+            if first:
+                self._generators[i].manual_seed(self._seed - i)
+            if len(self._buffers[i]) < count:
+                self._buffers[i] = means.new_empty(count, self._buffers[i].shape[1])
+            rows = self._buffers[i][:count]
+            for part in [rows] if means.device.type == "cpu" else rows.unbind():
+                part.normal_(generator=self._generators[i])
+            used = rows[:, : len(means)]
+            torch.addcmul(means, scales, used, out=used)
 
 
 class _Cost(TorchDispatchMode):

@@ -56,8 +56,8 @@ class Tally:
         if more == 1:
             mean = values[0]
         else:
-            variance, mean = torch.var_mean(values, 0, correction=0)
-            self._squares.add_(variance, alpha=more)
+            mean = values.mean(0)
+            self._squares.add_((values - mean).square_().sum(0))  # torch's variance is slower
         change = mean - self._mean
         self._mean.add_(change, alpha=more / self._count)
         self._squares.addcmul_(change, change, value=known * more / self._count)
