@@ -251,7 +251,8 @@ class TiedModule(PyroModule):
             with self._swap(values):
                 yield self._base
         finally:
-            self.training = training
+            if self.training != training:  # Pyro's modules take long to set an attribute
+                self.training = training
 
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
         # A compiled function runs in one thread, and cannot hold a lock.
