@@ -22,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from pyro_bayes.draws import Draws
 from pyro_bayes.tally import Result, Tally, joined
 from pyro_bayes.tied import TiedModule
 
 Function: TypeAlias = Callable[..., Any]
 
 _STATISTICS = ("mean", "variance", "samples")
-_KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
 _DELAY = 3.0  # seconds until the progress bar appears
 
 _quiet = threading.RLock()  # validation and filters of warnings are settings of the whole process
@@ -88,7 +88,8 @@ def predict(
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
     with model._lock(), torch.no_grad(), bar:
-        run = _Run(model, _Draws(model, num_samples, seed, again=call is None), tally, chunk_size)
+        draws = Draws(model._guide.posterior(), num_samples, seed, again=call is None)
+        run = _Run(model, draws, tally, chunk_size)
         run.bar = bar if progress else None
         run.kind = _kind(x) if function is None else None
         results = run(call) if call else joined(list(map(run, batches(x, function))))
@@ -160,7 +161,7 @@ class _Run:
     bar: Any = None
     kind: Any = None
 
-    def __init__(self, model: TiedModule, draws: _Draws, tally: Function, size: int | None) -> None:
+    def __init__(self, model: TiedModule, draws: Draws, tally: Function, size: int | None) -> None:
         self._model, self._base, self._draws = model, model._base, draws
         self._tally, self._chunk_size, self._failed = tally, size, False
         self._buffers = [
@@ -182,30 +183,33 @@ class _Run:
         return [tally.result() for tally in tallies]
 
     def _outputs(self, call: Function) -> Iterator[tuple[Tensor, ...]]:
-        # A plain call comes first: it shows what outputs are, and what they cost.
-        draws, total = self._draws(0, 1), self._draws.total
+        start, total = 0, self._draws.total
         known = _costs.setdefault(self._base, {})
         cost = known.get(self.kind)
-        wanted = self._chunk_size is None and total > 4
-        with _Calls() if wanted and cost is None else nullcontext() as calls:
-            first = next(self._loop(call, draws))
-        if calls is not None:
-            cost = calls.cost
-            if self.kind is not None:  # counting takes longer than the call
-                known[self.kind] = cost
+        wanted, first = self._chunk_size is None and total > 4, None
+        if self._structure is None and not (wanted and cost):
+            # A plain call shows what outputs are, and what they cost.
+            rows = self._draws.rows(0, 1)
+            with _Calls() if wanted else nullcontext() as calls:
+                first = next(self._loop(call, rows))
+            if calls is not None:
+                cost = calls.cost
+                if self.kind is not None:  # counting takes longer than the call
+                    known[self.kind] = cost
         if wanted and cost is not None:
-            self._chunk_size = cost.chunk_size(self._draws.size, total - 1, self._base)
-        yield first
-        step = self._chunk_size or 1
-        for start in range(1, total, step):
-            draws = self._draws(start, min(step, total - start))
-            batched = self._batched(call, draws) if step > 1 and not self._failed else None
-            yield from self._loop(call, draws) if batched is None else [batched]
+            self._chunk_size = cost.chunk_size(self._draws.size, total, self._draws.on_cpu)
+        step = min(self._chunk_size or 1, total)
+        if first is not None and step == 1:  # in a chunk, it would differ by rounding
+            start = 1
+            yield first
+        for place in range(start, total, step):
+            rows = self._draws.rows(place, min(step, total - place))
+            batched = self._batched(call, rows) if step > 1 and not self._failed else None
+            yield from self._loop(call, rows) if batched is None else [batched]
 
-    def _loop(self, call: Function, draws: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        for values in zip(*(draw.unbind() for draw in draws.values()), strict=True):
-            outputs = self._evaluate(call, dict(zip(draws, values, strict=True)))
-            yield tuple(output.unsqueeze(0) for output in outputs)
+    def _loop(self, call: Function, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        for values in self._draws.each(rows):
+            yield tuple([output.unsqueeze(0) for output in self._evaluate(call, values)])
 
     def rebuild(self, tensors: Iterable[Tensor]) -> Any:
         rest, (spec, places) = iter(tensors), self._structure
@@ -228,13 +232,13 @@ class _Run:
                     setattr(module, key, buffer)
                 buffer.copy_(value)
 
-    def _batched(self, call: Function, draws: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+    def _batched(self, call: Function, rows: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         # Checks of distributions branch on data; operators without a batching rule would be loops.
         try:
             with _quiet, pyro.validation_enabled(False), warnings.catch_warnings():
                 warnings.filterwarnings("error", message="There is a performance drop because")
                 batched = torch.vmap(partial(self._evaluate, call), randomness="different")
-                return tuple(batched(draws))
+                return tuple(batched(self._draws.stacked(rows)))
         except Exception as error:  # what is not vmap's comes again from the loop
             self._failed = True
             if self._base not in _noted:
@@ -259,60 +263,6 @@ def _where(error: BaseException, base: nn.Module) -> str:
     return "" if module is None else f" in '{names[id(module)]}' ({type(module).__name__})"
 
 
-class _Draws:
-    """Draws of the weights, the same whenever one begins with the first, and in any chunks.
-
-    Chunks use the same memory, unless all draws are wanted again and few enough to be kept.
-    """
-
-    def __init__(self, model: TiedModule, total: int, seed: int, again: bool) -> None:
-        posterior = model._guide.posterior()
-        self.total, self._seed = total, seed
-        self._shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
-        kinds: dict[Any, list[str]] = {}
-        for name, (mean, _) in posterior.items():
-            kinds.setdefault((mean.dtype, mean.device), []).append(name)
-        self._groups: list[tuple[list[str], Tensor, Tensor]] = []
-        for names in kinds.values():
-            means = torch.cat([posterior[name][0].reshape(-1) for name in names])
-            logvars = torch.cat([posterior[name][1].reshape(-1) for name in names])
-            self._groups.append((names, means, logvars.mul_(0.5).exp_()))
-        self._generators = [torch.Generator(means.device) for _, means, _ in self._groups]
-        self.size = sum(len(means) for _, means, _ in self._groups)
-        # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
-        self._widths = [-(-len(means) // 16) * 16 for _, means, _ in self._groups]
-        # What is kept is of one piece: many small ones would scatter what is not kept.
-        self._keeps = again and total * sum(self._widths) <= _KEPT
-        self._buffers = [
-            means.new_empty(total if self._keeps else 0, width)
-            for (_, means, _), width in zip(self._groups, self._widths, strict=True)
-        ]
-        self._kept: dict[int, dict[str, Tensor]] = {}
-
-    def __call__(self, start: int, count: int) -> dict[str, Tensor]:
-        """Returns draws of shape `(count, *)` by name: the first ones, or those that come next."""
-        if start in self._kept:
-            return self._kept[start]
-        if start == 0:
-            for i, generator in enumerate(self._generators):
-                generator.manual_seed(self._seed - i)
-        draws, place = {}, start if self._keeps else 0
-        for i, (names, means, scales) in enumerate(self._groups):
-            if len(self._buffers[i]) < place + count:
-                self._buffers[i] = means.new_empty(count, self._widths[i])
-            rows = self._buffers[i][place : place + count]
-            for part in [rows] if means.device.type == "cpu" else rows.unbind():
-                part.normal_(generator=self._generators[i])
-            buffer = rows[:, : len(means)]
-            torch.addcmul(means, scales, buffer, out=buffer)
-            parts = buffer.split([self._shapes[name].numel() for name in names], dim=1)
-            for name, part in zip(names, parts, strict=True):
-                draws[name] = part.view(count, *self._shapes[name])
-        if self._keeps:
-            self._kept[start] = draws
-        return draws
-
-
 class _Cost(TorchDispatchMode):
     """Counts the operators of an evaluation, and the elements that they compute."""
 
@@ -326,14 +276,13 @@ class _Cost(TorchDispatchMode):
             self._operators += 1
         return output
 
-    def chunk_size(self, size: int, count: int, base: nn.Module) -> int:
+    def chunk_size(self, size: int, count: int, on_cpu: bool) -> int:
         """Returns how many of `count` draws of `size` elements to evaluate at once, 1 for a loop.
 
         Batching saves overhead, and loses the cache. On a CPU, it paid for operators of up to
         16000 elements, and most with half a million in all draws together.
         """
-        cpu = all(p.device.type == "cpu" for p in base.parameters())
-        limit, best, most = (2**14, 2**19, 2**25) if cpu else (2**20, 2**24, 2**26)
+        limit, best, most = (2**14, 2**19, 2**25) if on_cpu else (2**20, 2**24, 2**26)
         elements = self._elements + size
         share = elements / max(self._operators, 1)
         largest = int(min(best // share, most // elements))

@@ -36,11 +36,9 @@ class Tally:
     def __init__(self, like: Tensor, total: int, keys: Sequence[str | float]) -> None:
         self._keys, self._shape, self._count = keys, like.shape, 0
         self._levels = [key for key in keys if isinstance(key, float)]
-        dtype = torch.get_default_dtype()
+        self._dtype = torch.get_default_dtype()
         if like.is_floating_point():
-            dtype = torch.promote_types(like.dtype, torch.float32)
-        self._mean = like.new_zeros(like.shape, dtype=dtype)
-        self._squares = torch.zeros_like(self._mean)
+            self._dtype = torch.promote_types(like.dtype, torch.float32)
         keeps = self._levels or "samples" in keys
         self._samples = like.new_empty(total, *like.shape) if keeps else None
 
@@ -52,13 +50,14 @@ class Tally:
         self._count += more
         if self._samples is not None:
             self._samples[known : self._count] = values
-        values = values.to(self._mean.dtype)
-        if more == 1:
-            mean = values[0]
-        else:
-            variance, mean = torch.var_mean(values, 0, correction=0)
-            self._squares.add_(variance, alpha=more)
-        change = mean - self._mean
+        values = values.to(self._dtype)
+        mean = values.mean(0)
+        if known == 0:
+            self._mean, self._squares = mean, _squares(values, mean)
+            return
+        if more > 1:
+            self._squares.add_(_squares(values, mean))
+        change = mean.sub_(self._mean)
         self._mean.add_(change, alpha=more / self._count)
         self._squares.addcmul_(change, change, value=known * more / self._count)
 
@@ -74,6 +73,10 @@ class Tally:
             for level, *values in zip(self._levels, *parts, strict=True):
                 found[level] = torch.cat(values).view(self._shape)
         return {key: found[key] for key in self._keys}
+
+
+def _squares(values: Tensor, mean: Tensor) -> Tensor:
+    return (values - mean).square_().sum(0)  # in less time than torch's variance
 
 
 def joined(parts: Sequence[Sequence[Result]]) -> list[Result]:

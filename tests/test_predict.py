@@ -152,7 +152,7 @@ def test_quantiles_of_many_outputs_are_taken_in_blocks(bnn, data, monkeypatch):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 40, 100, None])
 def test_results_do_not_depend_on_chunks(bnn, data, chunk_size, kept, monkeypatch):
-    monkeypatch.setattr("pyro_bayes.predict._KEPT", 2**22 if kept else 0)
+    monkeypatch.setattr("pyro_bayes.draws._KEPT", 2**22 if kept else 0)
 
     def samples(size, function=None):
         return bnn.predict(
@@ -317,7 +317,7 @@ def loaders(x, y):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 1, 8])
 def test_batches_are_as_one(bnn, data, chunk_size, kept, monkeypatch):
-    monkeypatch.setattr("pyro_bayes.predict._KEPT", 2**22 if kept else 0)
+    monkeypatch.setattr("pyro_bayes.draws._KEPT", 2**22 if kept else 0)
     options = {
         "statistics": ("mean", "variance", "samples"),
         "quantiles": (0.2, 0.7),
