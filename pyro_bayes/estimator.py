@@ -298,7 +298,8 @@ def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) ->
     if example is None:
         return value * signs.view(shape)
     shape[example] = len(signs)
-    return value * (signs if example < dim else signs.T).reshape(shape)
+    turned = signs if example < dim else signs.T
+    return value * (turned if value.dim() == 2 else turned.reshape(shape))
 
 
 def _trail(value: Tensor, count: int) -> Tensor:
