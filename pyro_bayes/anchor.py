@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
-Group = tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]
+Group = tuple[tuple[str, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 Serves = Literal["all", "each"]
 Moments = list[tuple[int, float, float, float]]
 """Of each block: its size and the sums of μ², σ² and log σ²."""
@@ -60,9 +60,9 @@ class Anchor:
         found = {id(p) for pair in posterior.values() for p in pair}
         return found == self._ids and self._look() == self._state
 
-    def _look(self) -> list[Any]:
+    def _look(self) -> tuple[list[int], list[Any]]:
         kinds = [(p.data_ptr(), p.requires_grad) for p in self._parameters]
-        return [*versions(self._parameters), *kinds]
+        return versions(self._parameters), kinds
 
 
 class Latest:

@@ -55,10 +55,9 @@ def outputs_and_anchor(
     """
     found: dict[str, Any] = dict.fromkeys(posterior) if kind == "draws" else {}  # keeps the order
     anchors: list[tuple[Group, Tensor, Shared]] = []
-    count = 0
-    for group in groups(posterior):
+    together = [*groups(posterior)]
+    for group in together:
         names, means, logvars = group
-        count += len(names)
         outputs: Sequence[Tensor] = ()
         if not by_formula(means):
             shared = Shared()
@@ -69,8 +68,8 @@ def outputs_and_anchor(
             centers = means if kind == "draws" else map(torch.zeros_like, means)
             outputs = list(map(gaussian.draw, centers, logvars, noise(means)))
         found.update(zip(names, outputs, strict=False))
-    whole = sum(len(names) for (names, _, _), _, _ in anchors) == count
-    return found, Anchor(anchors, serves) if anchors and whole else None
+    whole = anchors and len(anchors) == len(together)
+    return found, Anchor(anchors, serves) if whole else None
 
 
 def kl_divergence(posterior: Posterior, prior_var: float, anchor: Anchor | None = None) -> Tensor:
@@ -130,12 +129,12 @@ def kl_divergences(
 
 def groups(posterior: Posterior) -> Iterator[Group]:
     """Returns the names, means and log-variances of what can be computed on together."""
-    found: dict[Any, list[str]] = {}
+    found: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
     for name, (mean, logvar) in posterior.items():
         dense = mean.is_contiguous() and logvar.is_contiguous()
-        found.setdefault((mean.dtype, mean.device, dense), []).append(name)
-    for names in found.values():
-        means, logvars = zip(*(posterior[name] for name in names), strict=True)
+        found.setdefault((mean.dtype, mean.device, dense), []).append((name, mean, logvar))
+    for triples in found.values():
+        names, means, logvars = zip(*triples, strict=True)
         yield names, means, logvars
 
 
@@ -205,7 +204,7 @@ class Outputs(torch.autograd.Function):
         elif anchored:
             by, less = by / ctx.shared.prior_var, -0.5 * by
         spreads: Sequence[Tensor] = ()
-        if (ctx.scored and anchored) or any(grad is not None for grad in of_outputs):
+        if (ctx.scored and anchored) or any([grad is not None for grad in of_outputs]):
             spreads = ctx.spreads or ctx.saved_tensors
             if not keeps_graph():
                 ctx.spreads = None
@@ -225,9 +224,11 @@ class Outputs(torch.autograd.Function):
             known,
             of_squares=ctx.scored,
         )
+        if anchored:
+            return None, None, None, *found
         # What no output depends on that was used gets none, as if each had a node of its own.
-        unused = [not anchored and grad is None for grad in of_outputs]
-        alone = [not anchored and (ctx.kind != "draws" or grad is None) for grad in of_outputs]
+        unused = [grad is None for grad in of_outputs]
+        alone = [ctx.kind != "draws" or grad is None for grad in of_outputs]
         kept = (None if u else s for u, s in zip(alone + unused, found, strict=True))
         return None, None, None, *kept
 
