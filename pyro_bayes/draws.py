@@ -26,7 +26,8 @@ class Draws:
         again: Whether all draws may be wanted several times.
 
     Example:
-        >>> posterior = {"w": (torch.zeros(2), torch.zeros(2)), "b": (torch.ones(()), torch.ones(()))}
+        >>> zero, one = torch.zeros(2), torch.ones(())
+        >>> posterior = {"w": (zero, zero), "b": (one, one)}
         >>> draws = Draws(posterior, total=5, seed=0, again=False)
         >>> {name: tuple(draw.shape) for name, draw in draws.stacked(draws.rows(0, 3)).items()}
         {'w': (3, 2), 'b': (3,)}
