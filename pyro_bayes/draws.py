@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes.flat import gather, scatter
+from pyro_bayes.gpu import kernels
 
 _KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
 
@@ -25,7 +26,8 @@ class Draws:
         again: Whether all draws may be wanted several times.
 
     Example:
-        >>> posterior = {"w": (torch.zeros(2), torch.zeros(2)), "b": (torch.ones(()), torch.ones(()))}
+        >>> zero, one = torch.zeros(2), torch.ones(())
+        >>> posterior = {"w": (zero, zero), "b": (one, one)}
         >>> draws = Draws(posterior, total=5, seed=0, again=False)
         >>> {name: tuple(draw.shape) for name, draw in draws.stacked(draws.rows(0, 3)).items()}
         {'w': (3, 2), 'b': (3,)}
@@ -54,7 +56,7 @@ class Draws:
         if not self._kept:
             for i, group in enumerate(self._groups):
                 if start == 0:
-                    group.generator.manual_seed(self._seed - i)
+                    group.begin(self._seed - i)
                 group.draw(self.total if self._keeps else count)
             self._kept = self._keeps
         place = start if self._keeps else 0
@@ -85,15 +87,24 @@ class _Group:
         self.names = list(posterior)
         self.like, logvars = zip(*posterior.values(), strict=True)
         self.means, self._scales = gather(self.like), gather(logvars).mul(0.5).exp_()
-        self.generator = torch.Generator(self.means.device)
+        self._generator = torch.Generator(self.means.device)
         # A CPU draws 16 numbers at a time, so that rows of whole 16 may be drawn at once.
         self.buffer = self.means.new_empty(0, -(-len(self.means) // 16) * 16)
+
+    def begin(self, seed: int) -> None:
+        self._seed, self._drawn = seed, 0
+        self._generator.manual_seed(seed)
 
     def draw(self, count: int) -> None:
         if len(self.buffer) < count:
             self.buffer = self.means.new_empty(count, self.buffer.shape[1])
         rows = self.buffer[:count]
+        device = kernels([self.means], [self._scales])
+        if device:
+            device.rows(self.means, self._scales, rows, self._seed, self._drawn)
+            self._drawn += count
+            return
         for part in [rows] if rows.is_cpu else rows.unbind():
-            part.normal_(generator=self.generator)
+            part.normal_(generator=self._generator)
         used = rows[:, : len(self.means)]
         torch.addcmul(self.means, self._scales, used, out=used)

@@ -60,7 +60,7 @@ class StudentT(Likelihood):
     def distribution(self, output: Any, *, batch_dims: int = 1) -> Distribution:
         mean = self.as_real(output, batch_dims)
         scale = self._get_positive("scale", mean, batch_dims)
-        noise = _StudentT(mean.new_full((), self.df), mean, scale, validate_args=False)
+        noise = _StudentT(mean.new_tensor(self.df), mean, scale, validate_args=False)
         return self.per_example(noise, batch_dims)
 
 
