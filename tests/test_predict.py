@@ -396,11 +396,25 @@ def test_note_names_the_module_that_vmap_cannot_batch(module, place, data):
         bnn.predict(data[0], 30, chunk_size=8)
 
 
-def test_loop_of_an_operator_that_torch_would_loop_over():
-    bnn, tokens = BayesianModel(nn.EmbeddingBag(5, 2)), torch.randint(5, (6, 3))
-    with pytest.warns(UserWarning, match="EmbeddingBag") as seen:
-        bnn.predict(tokens, 20, chunk_size=5)
-    assert len(seen) == 1
+def attention(training):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    return layer.train(training), torch.randn(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [(nn.EmbeddingBag(5, 2), torch.randint(5, (6, 3))), attention(True), attention(False)],
+    ids=["bag", "attention", "encoder"],
+)
+def test_operators_that_torch_loops_over_are_batched_with_the_others(net, x):
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    bnn = BayesianModel(net, init_logvar=-4.0)
+    several = bnn.predict(x, 20, generator=seeded())
+    assert len(calls) == 2  # the first counts costs
+    one = bnn.predict(x, 20, generator=seeded(), chunk_size=1)
+    close(several.mean, one.mean)
+    close(several.variance, one.variance)
 
 
 @pytest.mark.parametrize("module", [norm, Remembering])
