@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -84,7 +84,6 @@ def predict(
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     call = _evaluation(x, function)
-    _keep_memory()
     tally = partial(Tally, total=num_samples, keys=(*names, *levels))
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
@@ -263,16 +262,6 @@ def _where(error: BaseException, base: nn.Module) -> str:
     callers = [frame.f_locals.get("self") for frame in frames]
     module = next((m for m in reversed(callers) if names.get(id(m))), None)
     return "" if module is None else f" in '{names[id(module)]}' ({type(module).__name__})"
-
-
-@cache
-def _keep_memory() -> None:
-    """Lets glibc keep memory that is released, rather than take it from the system again.
-
-    It keeps twice as much as was ever released in one piece of up to 32 MB. On a CPU, a prediction
-    may take half as long again where chunks come to memory page by page.
-    """
-    torch.empty(2**25 - 2**14, dtype=torch.uint8, device="cpu")
 
 
 class _Cost(TorchDispatchMode):
