@@ -10,7 +10,7 @@ from torch import Tensor
 Posterior = Mapping[str, tuple[Tensor, Tensor]]
 Group = tuple[tuple[str, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 Serves = Literal["all", "each"]
-Moments = list[tuple[int, float, float, float]]
+Totals = list[tuple[int, float, float, float]]
 """Of each block: its size and the sums of μ², σ² and log σ²."""
 
 
@@ -18,12 +18,12 @@ class Shared:
     """What a node of draws and the divergence that sends it a gradient tell each other.
 
     Attributes:
-        moments: What the divergence can be computed from; none if it is to look at the parameters.
+        totals: What the divergence can be computed from; none if it is to look at the parameters.
         prior_var: The variance of the prior that the divergence is from, once there is one.
     """
 
     def __init__(self) -> None:
-        self.moments: Moments = []
+        self.totals: Totals = []
         self.prior_var: float | None = None
 
 

@@ -174,7 +174,7 @@ class Outputs(torch.autograd.Function):
         counts = trains and means[0].is_cpu and not scored
         apart = kind == "draws" and (trains or scored)
         ctx.slices, outputs, spreads, scores, ctx.flat = sweep(
-            kind, means, logvars, apart, scored, shared.moments if counts else None
+            kind, means, logvars, apart, scored, shared.totals if counts else None
         )
         ctx.kind, ctx.scored, ctx.shared = kind, scored, shared
         ctx.set_materialize_grads(False)
@@ -196,7 +196,7 @@ class Outputs(torch.autograd.Function):
             )
         # Some optimisers change parameters without a trace, and steps come after this.
         known, ctx.flat = ctx.flat, None
-        ctx.shared.moments.clear()
+        ctx.shared.totals.clear()
         anchored = by is not None or less is not None
         if ctx.scored and anchored:
             by = torch.zeros_like(less) if by is None else by
@@ -251,23 +251,23 @@ class _Divergences(torch.autograd.Function):
 def _anchored(prior_var: float, group: Group, zero: Tensor, shared: Shared) -> Tensor:
     """The divergence of a group, whose gradient goes to the node of its draws."""
     _, means, logvars = group
-    total: Any = _divergence_by_moments(shared, prior_var)
+    total: Any = _divergence_by_totals(shared, prior_var)
     if total is None:
         with torch.no_grad():
             total = sum(_divergences((*means, *logvars), prior_var, parts(means)))
     return zero.add(total)
 
 
-def _divergence_by_moments(shared: Shared, prior_var: float) -> float | None:
-    """The divergence, if moments give it to as many digits as the elements do."""
-    moments = tuple(shared.moments)
+def _divergence_by_totals(shared: Shared, prior_var: float) -> float | None:
+    """The divergence, if totals give it to as many digits as the elements do."""
+    totals = tuple(shared.totals)
     shift, total = math.log(prior_var), 0.0
-    for size, squares, variances, logvars in moments:
+    for size, squares, variances, logvars in totals:
         # Single precision loses up to 1e-4 of a sum of squares. It must be small beside the rest.
         if not variances <= 0.018 * prior_var * size:
             return None
         total += (squares + variances) / prior_var - size - (logvars - size * shift)
-    return 0.5 * total if moments else None
+    return 0.5 * total if totals else None
 
 
 def _divergences(

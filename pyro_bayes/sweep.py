@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bayes.anchor import Moments
+from pyro_bayes.anchor import Totals
 from pyro_bayes.flat import blocks, gather, parts, room, scatter
 from pyro_bayes.gpu import kernels
 from pyro_bayes.slopes import Kind
@@ -42,7 +42,7 @@ def sweep(
     logvars: Sequence[Tensor],
     apart: bool,
     scored: bool,
-    moments: Moments | None,
+    totals: Totals | None,
 ) -> Sweep:
     r"""Draws several parameters, or computes their deviations or variances.
 
@@ -52,7 +52,7 @@ def sweep(
         logvars: The :math:`\log \sigma^2`.
         apart: Whether the deviations of draws are kept, too.
         scored: Whether draws are summed.
-        moments: Where moments of each block go, if they are wanted.
+        totals: Where totals of each block go, if they are wanted.
     """
     slices = parts(means)
     device = kernels(means, logvars)
@@ -84,10 +84,10 @@ def sweep(
                 if scored:
                     found += [number(torch.dot(own, own)) for own in _owned(o, means[part])]
                     sums = [*map(add, sums, found)] if sums else found
-            if moments is not None:  # while the block is at hand
+            if totals is not None:  # while the block is at hand
                 variance = s.sum() if kind == "variances" else torch.dot(scale, scale)
                 second, logs = float(torch.dot(m, m)), float(v.sum())
-                moments.append((len(v), second, float(variance), logs))
+                totals.append((len(v), second, float(variance), logs))
         outputs += scatter(output, means[part])
         spreads.append(spread)
         surprises += sums[: len(sums) // 2]
