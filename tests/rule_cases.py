@@ -293,6 +293,9 @@ NEGATION = {
     "negative, method": torch.Tensor.negative,
     "neg, operator": torch.Tensor.__neg__,
 }
+CASES["mul, features first"] = Case(
+    lambda: Weighted(torch.mul, (3, 1)), (3, 2), own_batch=True, batch_dim=1
+)
 for _name, _f in ARITHMETIC.items():
     CASES[f"{_name} of an input"] = Case(
         lambda f=_f: Weighted(lambda x, w: f(x, w), (4,)), (2, 3, 4), vmap=False, variant=True
