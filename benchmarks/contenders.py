@@ -97,12 +97,14 @@ def svi_floor(problem: Problem) -> Running:
 
     That is the plain net's forward and backward pass, one normal number per weight, and what Pyro
     does for a site in the guide and in the model, two parameters per site and an optimiser for
-    each. Nothing computes what is drawn, and densities are as good as constant.
+    each. Nothing computes what is drawn, and densities are as good as constant, though they need
+    gradients.
     """
     net = problem.build()
     x, y = problem.examples(problem.batch)
     parameters = dict(net.named_parameters())
     others = {name: torch.zeros_like(p).requires_grad_() for name, p in parameters.items()}
+    prior = {name: p.new_zeros(()).requires_grad_() for name, p in parameters.items()}
     noise = torch.empty(sum(p.numel() for p in parameters.values()), device=problem.device)
 
     def guide(x: Tensor, y: Tensor) -> None:
@@ -114,7 +116,7 @@ def svi_floor(problem: Problem) -> Running:
 
     def model(x: Tensor, y: Tensor) -> None:
         for name, parameter in parameters.items():
-            pyro.sample(name, _Known(parameter))
+            pyro.sample(name, _Known(parameter, prior[name]))
         output = net(x)
         with pyro.plate("data", DATASET_SIZE, subsample=x):
             pyro.sample("y", problem.loss.likelihood(output), obs=y)
@@ -128,9 +130,8 @@ class _Known(TorchDistribution):
 
     has_rsample = True
 
-    def __init__(self, value: Tensor, summed: Tensor | None = None) -> None:
-        self._value = value
-        self._log_prob = value.new_zeros(()) if summed is None else summed.sum()
+    def __init__(self, value: Tensor, summed: Tensor) -> None:
+        self._value, self._log_prob = value, summed.sum()
         super().__init__(event_shape=value.shape, validate_args=False)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
