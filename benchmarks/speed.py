@@ -29,6 +29,8 @@ MARK, CHART = {"cpu": "speed", "cuda": "speed-cuda"}, "cost.png"
 MEMORY = ("mlp", "deep", "cnn", "encoder", "flow")
 QUERIES = (nets.REGRESSION, *(PROBLEMS[name] for name in ("mlp", "cnn", "flow")))
 OURS = "weights"
+TABLES = ("steps", "memory", "predictions", "sizes", "counts")
+LONGEST = 20.0  # seconds that a call may take
 BEGIN = time.perf_counter()
 THREADED = (PLAIN, "floor", "floor-local", "floor-svi", OURS, "local", "flipout", "svi", "zuko",
             "zuko-local")  # fmt: skip
@@ -55,6 +57,7 @@ class Plan:
         machine: What the report says about the machine.
         threads: On how many threads steps are timed once more, if at all.
         device: Where networks are.
+        tables: Which tables to make.
     """
 
     problems: Sequence[Problem]
@@ -69,6 +72,7 @@ class Plan:
     machine: str = ""
     threads: int = 2
     device: str = "cpu"
+    tables: Sequence[str] = TABLES
 
     def of(self, names: Sequence[str]) -> list[str]:
         """Returns which of some contenders take part."""
@@ -186,10 +190,16 @@ def counts(plan: Plan) -> str:
     running, _ = start(names, problem)
     x, _ = problem.examples(problem.queries)
     ways = {name: next(iter(run.predict.items())) for name, run in running.items()}
-    rows = []
+    rows, known = [], dict.fromkeys(ways, 0.0)
     for count in plan.counts:
-        calls = {name: _bound(predict, x, count) for name, (_, predict) in ways.items()}
+        calls = {
+            name: _bound(predict, x, count)
+            for name, (_, predict) in ways.items()
+            if known[name] * count < LONGEST
+        }
         times = Times(calls, plan.rounds, plan.seconds / 4)
+        known |= {name: times.median(name) / count for name in times.seconds}
+        times.failures.update({name: f"over {LONGEST:.0f} s" for name in ways if name not in calls})
         rows.append(
             [f"{count:,}"]
             + [times.cell(n, n) for n in ways]
@@ -212,24 +222,28 @@ def report(plan: Plan) -> Iterator[str]:
     yield f"torch {version} on {where}; {_threads(plan.machine)}."
     rows = [[f"`{p.name}`", p.title, f"{p.size():,}"] for p in plan.problems]
     yield table(["network", "", "parameters"], rows, labels=2)
-    yield "**A step**, relative to the plain net's step, whose time is in the first row."
-    yield steps(plan)
-    if plan.threads and plan.device == "cpu":
+    if "steps" in plan.tables:
+        yield "**A step**, relative to the plain net's step, whose time is in the first row."
+        yield steps(plan)
+    if "steps" in plan.tables and plan.threads and plan.device == "cpu":
         yield f"**The same on {plan.threads} threads**, for some of them."
         yield _threaded(replace(plan, contenders=plan.of(THREADED), seconds=plan.seconds / 2))
-    if any(p.name in plan.memory for p in plan.problems):
+    if "memory" in plan.tables and any(p.name in plan.memory for p in plan.problems):
         above = (
             "that of the imported libraries" if plan.device == "cpu" else "what was there before"
         )
         yield f"**Peak memory** of building and training, on top of {above}."
         yield peaks(plan)
     ours = CONTENDERS[OURS].title
-    yield f"**A prediction: mean and variance over draws**, relative to the first row of {ours}."
-    yield predictions(plan)
-    if plan.of(GROWING):
+    if "predictions" in plan.tables:
+        yield (
+            f"**A prediction: mean and variance over draws**, relative to the first row of {ours}."
+        )
+        yield predictions(plan)
+    if "sizes" in plan.tables and plan.of(GROWING):
         yield "**A step against the number of parameters D**, relative to the plain net's."
         yield sizes(plan)
-    if plan.of(COUNTING):
+    if "counts" in plan.tables and plan.of(COUNTING):
         yield f"**A prediction against the number of draws S**, for {nets.REGRESSION.title}."
         yield counts(plan)
 
@@ -250,7 +264,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
     names = {nets.REGRESSION.name, *options.nets}
     queries = [replace(p, device=options.device) for p in plan.queries if p.name in names]
-    plan = replace(plan, queries=queries, device=options.device)
+    plan = replace(plan, queries=queries, device=options.device, tables=options.tables)
     if options.smoke:
         queries = [replace(nets.REGRESSION, draws=3)]
         return replace(
@@ -272,6 +286,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--nets", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="the networks (all)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS),
         help="what is timed (all)")  # fmt: skip
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="the tables (all)")
     add("--rounds", type=int, default=15, help="the largest number of rounds (15)")
     add("--threads", type=int, default=1, help="threads of PyTorch (1)")
     add("--machine", default="2 cores", help="what the report says about the machine (2 cores)")
@@ -283,7 +298,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
         parser.error("Expected --rounds and --threads to be at least 1.")
-    complete = set(options.nets) == set(PROBLEMS) and set(options.contenders) == set(CONTENDERS)
+    complete = all(
+        set(chosen) == set(every)
+        for chosen, every in (
+            (options.nets, PROBLEMS),
+            (options.contenders, CONTENDERS),
+            (options.tables, TABLES),
+        )
+    )
     if complete and not options.smoke:
         options.output = options.output or README
     return options
