@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_bayes.flat import gather, scatter
 from pyro_bayes.gpu import kernels
@@ -14,7 +14,7 @@ from pyro_bayes.gpu import kernels
 _KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
 
 
-class Draws:
+class WeightDraws:
     """Draws of the weights, the same whenever one begins with the first, and in any chunks.
 
     Chunks use the same memory. If all draws are wanted again, and few enough, they are kept.
@@ -26,16 +26,15 @@ class Draws:
         again: Whether all draws may be wanted several times.
 
     Example:
-        >>> zero, one = torch.zeros(2), torch.ones(())
-        >>> posterior = {"w": (zero, zero), "b": (one, one)}
-        >>> draws = Draws(posterior, total=5, seed=0, again=False)
+        >>> posterior = {"w": (torch.zeros(2), torch.zeros(2)), "b": (torch.ones(()),) * 2}
+        >>> draws = WeightDraws(posterior, total=5, seed=0, again=False)
         >>> {name: tuple(draw.shape) for name, draw in draws.stacked(draws.rows(0, 3)).items()}
         {'w': (3, 2), 'b': (3,)}
     """
 
     def __init__(
         self,
-        posterior: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        posterior: Mapping[str, tuple[Tensor, Tensor]],
         total: int,
         seed: int,
         again: bool,
@@ -68,7 +67,7 @@ class Draws:
         for group, part in zip(self._groups, rows, strict=True):
             columns = part.split([mean.numel() for mean in group.like], dim=1)
             for name, like, column in zip(group.names, group.like, columns, strict=True):
-                found[name] = column.view(-1, *like.shape)
+                found[name] = column.view(len(part), *like.shape)
         return found
 
     def each(self, rows: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -83,7 +82,7 @@ class Draws:
 class _Group:
     """Parameters of one type on one device."""
 
-    def __init__(self, posterior: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def __init__(self, posterior: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         self.names = list(posterior)
         self.like, logvars = zip(*posterior.values(), strict=True)
         self.means, self._scales = gather(self.like), gather(logvars).mul(0.5).exp_()

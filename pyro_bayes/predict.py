@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from pyro_bayes.draws import Draws
+from pyro_bayes.draws import WeightDraws
 from pyro_bayes.tally import Result, Tally, joined
 from pyro_bayes.tied import TiedModule
 
@@ -88,7 +88,7 @@ def predict(
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
     with model._lock(), torch.no_grad(), bar:
-        draws = Draws(model._guide.posterior(), num_samples, seed, again=call is None)
+        draws = WeightDraws(model._guide.posterior(), num_samples, seed, again=call is None)
         run = _Run(model, draws, tally, chunk_size)
         run.bar = bar if progress else None
         run.kind = _kind(x) if function is None else None
@@ -161,7 +161,9 @@ class _Run:
     bar: Any = None
     kind: Any = None
 
-    def __init__(self, model: TiedModule, draws: Draws, tally: Function, size: int | None) -> None:
+    def __init__(
+        self, model: TiedModule, draws: WeightDraws, tally: Function, size: int | None
+    ) -> None:
         self._model, self._base, self._draws = model, model._base, draws
         self._tally, self._chunk_size, self._failed = tally, size, False
         self._buffers = [
@@ -199,7 +201,8 @@ class _Run:
         if wanted and cost is not None:
             self._chunk_size = cost.chunk_size(self._draws.size, total, self._draws.on_cpu)
         step = min(self._chunk_size or 1, total)
-        if first is not None and step == 1:  # in a chunk, it would differ by rounding
+        # In a chunk, which later calls begin with, the first draw's output is another by rounding.
+        if first is not None and (step == 1 or not wanted):
             start = 1
             yield first
         for place in range(start, total, step):
@@ -275,6 +278,8 @@ class _Cost(TorchDispatchMode):
         if isinstance(output, Tensor) and not getattr(func, "is_view", False):
             self._elements += output.numel()
             self._operators += 1
+        if func is torch.ops.aten.bmm.default:  # what is expanded will be copied, which is slow
+            self._elements += sum(2 * arg.numel() for arg in args if 0 in arg.stride())
         return output
 
     def chunk_size(self, size: int, count: int, on_cpu: bool) -> int:
@@ -283,7 +288,7 @@ class _Cost(TorchDispatchMode):
         Batching saves overhead, and loses the cache. On a CPU, it paid for operators of up to
         60000 elements, and most with a million in all draws together.
         """
-        limit, best, most = (2**16, 2**20, 2**25) if on_cpu else (2**20, 2**24, 2**26)
+        limit, best, most = (2**16, 2**20, 2**25) if on_cpu else (2**20, 2**24, 2**28)
         elements = self._elements + size
         share = elements / max(self._operators, 1)
         largest = int(min(best // share, most // elements))

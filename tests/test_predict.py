@@ -1,5 +1,6 @@
 """Predictions: against closed forms, and against a loop over draws."""
 
+import platform
 import subprocess
 import sys
 import threading
@@ -178,6 +179,18 @@ def test_mixed_dtypes_in_chunks():
     one, several = (bnn.predict(x, 30, chunk_size=c, generator=seeded()) for c in (1, 8))
     assert one.mean.dtype == torch.float64
     close(one.variance, several.variance)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_draws_of_few_and_of_empty_parameters(bias):
+    net = nn.Linear(3, 2, bias=bias)
+    if bias:
+        net.register_parameter("empty", nn.Parameter(torch.empty(0, 2)))
+    bnn, x = BayesianModel(net, init_logvar=-2.0), torch.randn(5, 3)
+    means = [p.clone() for p in bnn.parameters()]
+    one, several = (bnn.predict(x, 30, chunk_size=c, generator=seeded()) for c in (1, None))
+    close(one.variance, several.variance)
+    assert all(torch.equal(p, m) for p, m in zip(bnn.parameters(), means, strict=True))
 
 
 def test_seeds(bnn, data):
@@ -515,6 +528,53 @@ def test_small_nets_are_batched_and_large_ones_are_not():
     calls.clear()
     BayesianModel(Counted(nn.Linear(512, 512))).predict(torch.randn(64, 512), 10)
     assert len(calls) == 10
+
+
+def test_costs_that_are_known_need_no_call(bnn, data):
+    x, calls = data[0], []
+    bnn.base.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def count(x, **options):
+        calls.clear()
+        bnn.predict(x, 30, **options)
+        return len(calls)
+
+    assert [count(x), count(x)] == [2, 1]
+    assert count(list(x.split(4))) == 1 + 3
+    assert count(x, chunk_size=10) == 1 + 3
+    assert count(list(x.split(4)), chunk_size=10) == 1 + 3 + 2 * 3
+    assert count(x, chunk_size=1) == 30
+
+
+def test_weights_that_would_be_copied_for_each_position_are_not_batched():
+    calls, x = [], torch.randn(2, 32, 64)
+    net = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    bnn = BayesianModel(net)
+    bnn.predict(x, 10)
+    assert len(calls) == 10
+
+
+def test_memory_is_kept_from_chunk_to_chunk():
+    code = """
+import resource
+import torch
+from torch import nn
+from pyro_bayes import BayesianModel
+
+torch.set_num_threads(1)
+net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+bnn, x = BayesianModel(net), torch.randn(256, 8)
+for calls in (3, 5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        bnn.predict(x)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert faults / 5 < 500, faults
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("other allocators have rules of their own")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
