@@ -1,6 +1,5 @@
 """Predictions: against closed forms, and against a loop over draws."""
 
-import platform
 import subprocess
 import sys
 import threading
@@ -553,28 +552,6 @@ def test_weights_that_would_be_copied_for_each_position_are_not_batched():
     bnn = BayesianModel(net)
     bnn.predict(x, 10)
     assert len(calls) == 10
-
-
-def test_memory_is_kept_from_chunk_to_chunk():
-    code = """
-import resource
-import torch
-from torch import nn
-from pyro_bayes import BayesianModel
-
-torch.set_num_threads(1)
-net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
-bnn, x = BayesianModel(net), torch.randn(256, 8)
-for calls in (3, 5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(calls):
-        bnn.predict(x)
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-assert faults / 5 < 500, faults
-"""
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("other allocators have rules of their own")
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
