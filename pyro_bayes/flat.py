@@ -46,9 +46,9 @@ def _slices(sizes: Sequence[int], limit: int) -> tuple[slice, ...]:
 
 
 def gather(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns tensors side by side as a flat one, a single tensor as it is if possible."""
+    """Returns tensors side by side as a flat, contiguous one, a single one as it is if possible."""
     if len(tensors) == 1:
-        return tensors[0].reshape(-1)
+        return tensors[0].contiguous().view(-1)
     return _flatten_dense_tensors(tensors)  # type: ignore[no-any-return]
 
 

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch
 
-from pyro_bayes import gaussian
+from pyro_bayes import fused, gaussian
+from pyro_bayes.draws import WeightDraws
 from pyro_bayes.slopes import slopes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,3 +169,35 @@ def test_long_parameters_are_summed_whole(kernels):
     mean, logvar = torch.ones(size, device=DEVICE), torch.zeros(size, device=DEVICE)
     found = kernels.divergences([mean, mean[:5]], [logvar, logvar[:5]], 1.0)
     torch.testing.assert_close(found.cpu(), torch.tensor([0.5 * size, 2.5]))
+
+
+@pytest.mark.parametrize("kind", ["draws", "deviations", "variances"])
+@pytest.mark.parametrize("shapes", [[(7,)], [(3, 5)], [(), (4,)], [(0,), (1500,)]], ids=str)
+def test_gradients_of_any_layout_are_those_of_the_formulas(kernels, kind, shapes, monkeypatch):
+    for module in ("slopes", "sweep"):
+        monkeypatch.setattr(f"pyro_bayes.{module}.kernels", lambda *_: kernels)
+    torch.manual_seed(0)
+    means = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    logvars = [torch.randn_like(mean, requires_grad=True) for mean in means]
+    posterior = {str(i): pair for i, pair in enumerate(zip(means, logvars, strict=True))}
+    found, _ = fused.outputs_and_anchor(kind, posterior)
+    for name, (mean, logvar) in posterior.items():
+        center = mean if kind == "draws" else torch.zeros_like(mean)
+        epsilon = ((found[name] - center) / (0.5 * logvar).exp()).detach()
+        same = logvar.exp() if kind == "variances" else gaussian.draw(center, logvar, epsilon)
+        for of in (torch.sum, lambda value: value.cos().sum()):
+            grads, expected = (
+                torch.autograd.grad(of(value), (mean, logvar), retain_graph=True, allow_unused=True)
+                for value in (found[name], same)
+            )
+            for one, other in zip(grads, expected, strict=True):
+                if other is not None:
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_of_a_parameter_that_is_not_contiguous(kernels, monkeypatch):
+    monkeypatch.setattr("pyro_bayes.draws.kernels", lambda *_: kernels)
+    mean = torch.arange(20.0, device=DEVICE)[::2]
+    posterior = {"w": (mean, torch.full_like(mean, -60.0))}
+    (rows,) = WeightDraws(posterior, total=3, seed=0, again=False).rows(0, 3)
+    torch.testing.assert_close(rows, mean.expand(3, 10))
