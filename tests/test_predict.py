@@ -429,6 +429,15 @@ def test_operators_that_torch_loops_over_are_batched_with_the_others(net, x):
     close(several.variance, one.variance)
 
 
+def test_an_empty_parameter_does_not_keep_draws_from_being_batched():
+    net = nn.Linear(3, 2)
+    net.empty = nn.Parameter(torch.empty(4, 0))
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    BayesianModel(net).predict(torch.randn(5, 3), 20, chunk_size=10)
+    assert len(calls) == 3  # the first shows what outputs are
+
+
 @pytest.mark.parametrize("module", [norm, Remembering])
 @pytest.mark.parametrize("chunk_size", [1, 8])
 @pytest.mark.filterwarnings("ignore:Expected a base that torch.vmap can batch")
