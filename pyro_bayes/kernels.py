@@ -140,7 +140,7 @@ def _sums(table: Table, partial: Tensor) -> Tensor:
     """The sums over the rows of each parameter, in an order of their own."""
     sums = partial.new_empty(len(partial), len(table.starts) - 1)
     with torch.cuda.device_of(sums):
-        _sum_rows[tuple(sums.shape)](
+        _sum_rows[tuple(sums.T.shape)](  # the second number may be no more than 65535
             table.starts, partial, sums, partial.shape[1], sums.shape[1], block=BLOCK
         )
     return sums
@@ -204,7 +204,7 @@ def _draw(
 @triton.jit(do_not_specialize=["seed", "start", "size", "stride", "blocks"])
 def _rows(mean, scale, out, seed, start, size, stride, blocks, block: tl.constexpr):
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    i = tl.program_id(0) % blocks * block + tl.arange(0, block)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * block + tl.arange(0, block)
     mask = i < size
     epsilon = tl.randn(seed, (start + row) * size + i)
     draw = tl.load(mean + i, mask=mask, other=0.0)
@@ -269,8 +269,8 @@ def _divergence(rows, partial, precision, shift, block: tl.constexpr):
 
 @triton.jit
 def _sum_rows(starts, partial, sums, count, parameters, block: tl.constexpr):
-    kind = tl.program_id(0)
-    which = tl.program_id(1)
+    which = tl.program_id(0)
+    kind = tl.program_id(1)
     i = tl.load(starts + which)
     end = tl.load(starts + which + 1)
     total = tl.zeros([block], dtype=tl.float32)

@@ -244,6 +244,12 @@ def test_draws_are_one_kernel_and_a_key():
     assert len(kernels) <= 4, [kernel.name for kernel in kernels]
 
 
+def test_divergences_of_very_many_parameters():
+    means, logvars = ([torch.full((1,), v, device="cuda")] * 70_000 for v in (1.0, 0.0))
+    divergences = gpu.kernels(means, logvars).divergences(means, logvars, 1.0)
+    assert (divergences == 0.5).all()
+
+
 def test_draws_depend_on_the_seed(bnn):
     torch.manual_seed(1)
     first = bnn.sample_params()
