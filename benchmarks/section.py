@@ -82,6 +82,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int =
             if cannot:
                 reasons.setdefault(reason, {}).setdefault(title, []).append(row[0])
     for reason, columns in reasons.items():
-        where = "; ".join(f"{title}: {', '.join(names)}" for title, names in columns.items())
+        where = " / ".join(f"{title}: {'; '.join(names)}" for title, names in columns.items())
         lines += ["", f"*cannot*: {reason} ({where})."]
     return "\n".join(lines)

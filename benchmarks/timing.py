@@ -13,6 +13,7 @@ import torch
 Call = Callable[[], object]
 
 SLICE, MIN_ROUNDS = 0.05, 3
+DASH = "\u2060–\u2060"  # between word joiners, so that no line ends there
 
 
 class Unable(Exception):  # noqa: N818
@@ -46,7 +47,7 @@ class Ratios:
 
     def __str__(self) -> str:
         low, high = min(self.values), max(self.values)
-        return f"{short(self.median)} ({short(low)}–{short(high)})"
+        return f"{short(self.median)} ({short(low)}{DASH}{short(high)})"
 
 
 def short(value: float) -> str:

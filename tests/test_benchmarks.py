@@ -44,7 +44,7 @@ def test_reasons_are_below_the_table(monkeypatch):
     rows = [["x", "1.0", "cannot: no layer"], ["y", "cannot: no layer", "cannot: no layer"]]
     lines = import_module("section").table(["", "a", "b"], rows).splitlines()
     assert lines[2:4] == ["| x | 1.0 | cannot |", "| y | cannot | cannot |"]
-    assert lines[4:] == ["", "*cannot*: no layer (a: y; b: x, y)."]
+    assert lines[4:] == ["", "*cannot*: no layer (a: y / b: x; y)."]
 
 
 def test_readme_repeats_the_figures():
