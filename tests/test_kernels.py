@@ -108,6 +108,15 @@ def test_rows(kernels):
     assert (later != out[3:, :size]).all()
 
 
+def test_no_number_is_drawn_twice(kernels, means):
+    zeros = [torch.zeros_like(mean) for mean in means]
+    epsilon, _, _ = kernels.draw("deviations", zeros, zeros, apart=False, scored=False)
+    assert len(epsilon.unique()) > 0.99 * len(epsilon)
+    rows = torch.empty(4, 1500, device=DEVICE)
+    kernels.rows(torch.zeros(1500, device=DEVICE), torch.ones(1500, device=DEVICE), rows, 7, 0)
+    assert len(rows.unique()) > 0.99 * rows.numel()
+
+
 @pytest.mark.parametrize("squares", [False, True], ids=["", "squares"])
 @pytest.mark.parametrize("given", [True, False], ids=["outputs", "alone"])
 @pytest.mark.parametrize("factor", FACTORS)
