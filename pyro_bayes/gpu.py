@@ -36,6 +36,8 @@ def _kernels(device: torch.device) -> ModuleType | None:
     try:
         kernels.divergences([torch.ones(1, device=device)], [torch.ones(1, device=device)], 1.0)
     except Exception as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise  # which says nothing of Triton
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
             f"Expected Triton to compile a kernel for {device}, for which it needs a C compiler;"

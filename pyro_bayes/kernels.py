@@ -122,7 +122,13 @@ def rows(mean: Tensor, scale: Tensor, out: Tensor, seed: int, start: int) -> Non
 
 
 def divergences(means: Sequence[Tensor], logvars: Sequence[Tensor], prior_var: float) -> Tensor:
-    """Returns the divergence of each parameter from a centred Gaussian."""
+    """Returns the divergence of each parameter from a centred Gaussian, in nats.
+
+    Arguments:
+        means: The means, contiguous and in single precision.
+        logvars: The log-variances, likewise.
+        prior_var: The variance of that Gaussian.
+    """
     table = _table_of(means, logvars)
     partial = means[0].new_empty(1, len(table.rows))
     with torch.cuda.device_of(partial):
@@ -137,7 +143,7 @@ def _key(device: torch.device) -> Tensor:
 
 
 def _sums(table: Table, partial: Tensor) -> Tensor:
-    """The sums over the rows of each parameter, in an order of their own."""
+    """The sums over the rows of each parameter, in an order that is always the same."""
     sums = partial.new_empty(len(partial), len(table.starts) - 1)
     with torch.cuda.device_of(sums):
         _sum_rows[tuple(sums.T.shape)](  # the second number may be no more than 65535
@@ -157,6 +163,11 @@ def _table_of(means: Sequence[Tensor], logvars: Sequence[Tensor]) -> Table:
 
 @lru_cache(maxsize=64)
 def _table(addresses: Sequence[int], sizes: Sequence[int], device: torch.device) -> Table:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Expected a step with these parameters before a CUDA graph captures one; got none. Make"
+            " some steps on another stream first, and capture a step then."
+        )
     columns, counts, place = [], [], 0
     for i, size in enumerate(sizes):
         firsts = torch.arange(0, size, BLOCK)

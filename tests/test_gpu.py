@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pyro
@@ -210,6 +212,30 @@ def test_a_step_of_the_objective_can_be_captured(name):
         losses.append(loss.item())
     assert objective.kl_weight.weight == 1
     assert losses[-1] < losses[10]
+
+
+def test_capture_without_a_step_before():
+    code = """
+import torch
+from torch import nn
+from pyro_bayes import BayesianModel, gpu
+
+bnn = BayesianModel(nn.Linear(4, 3)).to("cuda")
+torch.zeros(1, device="cuda")
+pair = [bnn.means.weight], [bnn.logvars.weight]
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        bnn.sample_params()
+except RuntimeError as error:
+    assert str(error).startswith("Expected a step with these parameters before"), error
+else:
+    raise AssertionError
+bnn.sample_params()
+assert gpu.kernels(*pair) is not None
+"""
+    run = [sys.executable, "-W", "error::UserWarning:pyro_bayes", "-c", code]
+    result = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_replays_draw_anew(bnn, data):

@@ -12,6 +12,7 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bayes import BayesianModel
+from pyro_bayes.draws import WeightDraws
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -688,3 +689,10 @@ def test_kept_draws_come_back_in_their_places(net):
     parts = bnn.predict(batches, 7, statistics="samples", generator=seeded(), chunk_size=3)
     torch.testing.assert_close(parts.samples, whole.samples)
     assert len(whole.samples[:, 0, 0].unique()) == 7
+
+
+def test_draws_of_several_types_are_independent():
+    zeros = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
+    draws = WeightDraws({str(i): (z, z) for i, z in enumerate(zeros)}, 50, seed=0, again=False)
+    single, half = (rows.float().flatten() for rows in draws.rows(0, 50))
+    assert torch.corrcoef(torch.stack([single, half]))[0, 1].abs() < 5 / len(single) ** 0.5
