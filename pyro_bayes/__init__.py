@@ -10,12 +10,12 @@ and trains it through Pyro's SVI or a plain PyTorch loop, on the same :class:`to
 objects, while the network keeps its class and structure.
 """
 
-import pyro_bayes.rules  # noqa: F401  (fills the registry)
+import pyro_bayes.noise  # noqa: F401  (fills the registry)
 from pyro_bayes import likelihoods
 from pyro_bayes.evaluation import evaluate
 from pyro_bayes.model import BayesianModel
-from pyro_bayes.objective import ELBO, svi_model
 from pyro_bayes.training import fit
+from pyro_bayes.training.objective import ELBO, svi_model
 
 __all__ = ["ELBO", "BayesianModel", "evaluate", "fit", "likelihoods", "svi_model"]
 

@@ -10,20 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_bayes import fused
-from pyro_bayes.anchor import Latest
-from pyro_bayes.batch_norm import warn_if_stale
-from pyro_bayes.checks import check_base, is_number
-from pyro_bayes.context import of_posterior
-from pyro_bayes.guide import MeanField
-from pyro_bayes.lifted import LiftedModule
-from pyro_bayes.noise import context_noise
-from pyro_bayes.predict import Prediction, predict
-from pyro_bayes.prior import GaussianPrior
-from pyro_bayes.prior_variance import PriorVar, prior_variances
-from pyro_bayes.selection import select
-from pyro_bayes.summary import Summary, summarize
-from pyro_bayes.swap import undisturbed
+from pyro_bayes.base.checks import check_base, is_number
+from pyro_bayes.base.selection import select
+from pyro_bayes.base.swap import undisturbed
+from pyro_bayes.noise.context import context_noise
+from pyro_bayes.noise.tensors import of_posterior
+from pyro_bayes.posterior import fused
+from pyro_bayes.posterior.anchor import Latest
+from pyro_bayes.posterior.summary import Summary, summarize
+from pyro_bayes.prediction.batch_norm import warn_if_stale
+from pyro_bayes.prediction.predict import Prediction, predict
+from pyro_bayes.priors.variance import PriorVar, prior_variances
+from pyro_bayes.pyro_bridge.guide import MeanField
+from pyro_bayes.pyro_bridge.lift import LiftedModule
+from pyro_bayes.pyro_bridge.prior import GaussianPrior
 
 
 class BayesianModel(LiftedModule):
@@ -56,7 +56,7 @@ class BayesianModel(LiftedModule):
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.
             `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
-            see :class:`pyro_bayes.prior_variance.Empirical`. In a mapping from patterns to any of
+            see :class:`pyro_bayes.priors.variance.Empirical`. In a mapping from patterns to any of
             these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
         name: What stands in front of the names of the sites, and of the parameters in Pyro's param
             store, where a name that another living model has gets a number. Two models in one
@@ -96,7 +96,7 @@ class BayesianModel(LiftedModule):
         prior_var: PriorVar = 1.0,
         name: str | None = None,
     ) -> None:
-        check_base(base)
+        check_base(base, LiftedModule)
         if not is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
         if name is not None and not (isinstance(name, str) and name):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_bayes.gaussian_tensor import RULES
+from pyro_bayes.noise.gaussian_tensor import RULES
 
 
 @pytest.fixture(autouse=True, scope="session")

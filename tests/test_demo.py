@@ -10,7 +10,7 @@ from torch.distributions import Independent, Normal
 from pyro_bayes import demo
 from pyro_bayes.demo import digits, plain, regression, table
 from pyro_bayes.likelihoods import Categorical
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS = [f"{i},{i * i % 7},{2 * i + i % 3}" for i in range(40)]

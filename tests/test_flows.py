@@ -12,8 +12,9 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_bayes import BayesianModel, gaussian
-from pyro_bayes.gaussian_tensor import drawn
+from pyro_bayes import BayesianModel
+from pyro_bayes.noise.gaussian_tensor import drawn
+from pyro_bayes.posterior import gaussian
 
 FLOWS = {
     "NSF": lambda: zuko.flows.NSF(2, 3, transforms=2, hidden_features=(16,)),

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import pyro_bayes
-from pyro_bayes.batch_norm import update_batch_norm
 from pyro_bayes.evaluation import plots, to_arviz
-from pyro_bayes.predictive import Predictive
-from pyro_bayes.schedule import LinearWarmup
+from pyro_bayes.likelihoods.predictive import Predictive
+from pyro_bayes.prediction.batch_norm import update_batch_norm
 from pyro_bayes.training import History, diagnose
+from pyro_bayes.training.schedule import LinearWarmup
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["pyro_bayes"] + [

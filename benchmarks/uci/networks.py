@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from benchmarks.uci.data import Splits, load, split
 from pyro_bayes import ELBO, BayesianModel, fit
 from pyro_bayes.likelihoods import HeteroscedasticGaussian
-from pyro_bayes.predictive import Predictive
-from pyro_bayes.prior_variance import Empirical, PriorVar
+from pyro_bayes.likelihoods.predictive import Predictive
+from pyro_bayes.priors.variance import Empirical, PriorVar
 
 PRIORS: dict[str, PriorVar] = {
     "unit": 1.0,

@@ -19,7 +19,7 @@ from typing import NoReturn
 import pyro
 import torch
 
-from pyro_bayes._extras import require
+from pyro_bayes.base.extras import require
 from pyro_bayes.demo.table import InputError, read
 
 

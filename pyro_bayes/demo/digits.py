@@ -20,7 +20,7 @@ from pyro_bayes import BayesianModel, svi_model
 from pyro_bayes.demo import figure, plain, report
 from pyro_bayes.evaluation import metrics
 from pyro_bayes.likelihoods import Categorical
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 _BATCH_SIZE = 256
 _LEARNING_RATE = 0.02

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_bayes.evaluation import plots
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#777777"

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from pyro_bayes.likelihoods import Likelihood
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 
 def minibatches(x: Tensor, y: Tensor, *, size: int, seed: int) -> DataLoader[Any]:

@@ -21,7 +21,7 @@ from pyro_bayes import ELBO, BayesianModel, fit
 from pyro_bayes.demo import figure, plain, report
 from pyro_bayes.demo.table import InputError, Table
 from pyro_bayes.likelihoods import Gaussian
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 _BATCH_SIZE = 64
 _LEARNING_RATE = 0.01

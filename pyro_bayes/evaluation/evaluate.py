@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bayes._extras import require
-from pyro_bayes.checks import is_number
+from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.extras import require
 from pyro_bayes.evaluation import metrics
 from pyro_bayes.evaluation.bootstrap import Bootstrap
 from pyro_bayes.evaluation.passes import (
@@ -55,8 +55,8 @@ def evaluate(
 ) -> Evaluation:
     r"""Scores the predictions of a model on examples that it was not trained on.
 
-    The prediction is :class:`~pyro_bayes.predictive.Predictive`, the even mixture over draws from
-    the posterior. All batches meet the same draws, and the base is in evaluation mode meanwhile.
+    The prediction is :class:`~pyro_bayes.likelihoods.predictive.Predictive`, the even mixture over
+    draws from the posterior. All batches meet the same draws, and the base is in evaluation mode meanwhile.
 
     Of every likelihood:
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes._extras import require
+from pyro_bayes.base.extras import require
+from pyro_bayes.base.selection import select
 from pyro_bayes.evaluation.passes import Draws, check_type, evaluating, joined, log_probs
 from pyro_bayes.likelihoods import Likelihood
+from pyro_bayes.likelihoods.predictive import Predictive, seeded
 from pyro_bayes.model import BayesianModel
-from pyro_bayes.predictive import Predictive, seeded
-from pyro_bayes.selection import select
 
 
 def to_arviz(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_bayes._extras import require
-from pyro_bayes.checks import is_count
+from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.extras import require
 
 
 def brier_score(probs: Tensor, labels: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from pyro_bayes.evaluation.bootstrap import Bootstrap
-from pyro_bayes.predictive import Predictive, seeded
-from pyro_bayes.target import elementary
+from pyro_bayes.likelihoods.predictive import Predictive, seeded
+from pyro_bayes.likelihoods.targets import elementary
 
 
 def score(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pyro_bayes.checks import is_count
+from pyro_bayes.base.checks import is_count
 from pyro_bayes.likelihoods import Likelihood
+from pyro_bayes.likelihoods.predictive import Predictive
+from pyro_bayes.likelihoods.targets import fit_target
 from pyro_bayes.model import BayesianModel
-from pyro_bayes.predictive import Predictive
-from pyro_bayes.target import fit_target
-from pyro_bayes.training.batches import Batches
+from pyro_bayes.prediction.batches import Batches
 
 Records = dict[str, Tensor]
 """Tensors by name, whose second dimension counts examples."""

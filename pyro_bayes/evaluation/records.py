@@ -13,8 +13,8 @@ from pyro_bayes.evaluation import numbers
 from pyro_bayes.evaluation.bootstrap import Bootstrap
 from pyro_bayes.evaluation.metrics import brier_score
 from pyro_bayes.evaluation.passes import Records, log_probs
-from pyro_bayes.predictive import Predictive
-from pyro_bayes.target import elementary
+from pyro_bayes.likelihoods.predictive import Predictive
+from pyro_bayes.likelihoods.targets import elementary
 
 
 def score(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_bayes.table import print_table
+from pyro_bayes.base.tables import print_table
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.predictive import Predictive, seeded
-from pyro_bayes.target import check_values
+from pyro_bayes.likelihoods.predictive import Predictive, seeded
+from pyro_bayes.likelihoods.targets import check_values
 
 if TYPE_CHECKING:
     from pyro_bayes.model import BayesianModel

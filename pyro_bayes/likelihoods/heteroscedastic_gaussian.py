@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch.nn.functional as F
 from torch.distributions import Distribution
 
-from pyro_bayes.checks import is_number
+from pyro_bayes.base.checks import is_number
 from pyro_bayes.likelihoods.likelihood import Likelihood
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 from torch.utils._pytree import tree_leaves
 
-from pyro_bayes.checks import is_number
-from pyro_bayes.predictive import Predictive
-from pyro_bayes.target import check_values, fit_target
+from pyro_bayes.base.checks import is_number
+from pyro_bayes.likelihoods.predictive import Predictive
+from pyro_bayes.likelihoods.targets import check_values, fit_target
 
 if TYPE_CHECKING:
     from pyro_bayes.model import BayesianModel

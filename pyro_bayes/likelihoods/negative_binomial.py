@@ -11,7 +11,7 @@ from torch import Tensor, distributions
 from torch.distributions import Distribution
 
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.special import betainc, wide
+from pyro_bayes.likelihoods.special import betainc, wide
 
 
 class NegativeBinomial(Likelihood):

@@ -10,7 +10,7 @@ from torch import Tensor, distributions
 from torch.distributions import Distribution
 
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.special import wide
+from pyro_bayes.likelihoods.special import wide
 
 
 class Poisson(Likelihood):

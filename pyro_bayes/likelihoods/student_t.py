@@ -10,9 +10,9 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, distributions
 from torch.distributions import Distribution
 
-from pyro_bayes.checks import is_number
+from pyro_bayes.base.checks import is_number
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.special import betainc, wide
+from pyro_bayes.likelihoods.special import betainc, wide
 
 
 class StudentT(Likelihood):

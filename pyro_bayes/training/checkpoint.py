@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pyro_bayes.objective import ELBO
+from pyro_bayes.training.objective import ELBO
 
 FORMAT = "pyro_bayes checkpoint, version 1"
 PARTS = (

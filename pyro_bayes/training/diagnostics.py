@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.checks import is_count
+from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.swap import undisturbed
 from pyro_bayes.model import BayesianModel
-from pyro_bayes.objective import ELBO
-from pyro_bayes.swap import undisturbed
-from pyro_bayes.training.batches import Batches
+from pyro_bayes.prediction.batches import Batches
+from pyro_bayes.training.objective import ELBO
 
 _NEAR = 0.02  # of log σ²: a change of σ by 1 %
 _QUICK = -5.0  # the log σ² to start from where the default of -9 takes too long

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pyro_bayes.objective import ELBO
-
-
-def is_finite(values: Tensor) -> bool:
-    """Returns whether all numbers of a tensor are finite.
-
-    Arguments:
-        values: The tensor.
-    """
-    values = values.detach()
-    # A sum is many times faster; where it is not finite, it may have overflown.
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+from pyro_bayes.base.checks import is_finite
+from pyro_bayes.training.objective import ELBO
 
 
 def check_parameters(objective: ELBO, when: str, file: str = "") -> None:

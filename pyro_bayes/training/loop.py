@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_bayes.checks import is_count
-from pyro_bayes.objective import ELBO
-from pyro_bayes.training import processes
-from pyro_bayes.training.batches import Batches
+from pyro_bayes.base import processes
+from pyro_bayes.base.checks import is_count
+from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training.diagnostics import warn_if_unmoved
 from pyro_bayes.training.history import History
+from pyro_bayes.training.objective import ELBO
 from pyro_bayes.training.run import Callback, Run
 
 

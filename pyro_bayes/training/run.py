@@ -16,11 +16,12 @@ from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_bayes.base import processes
 from pyro_bayes.likelihoods import Likelihood
-from pyro_bayes.objective import ELBO
-from pyro_bayes.training import checkpoint, finite, processes, randomness
-from pyro_bayes.training.batches import Batch, Batches
+from pyro_bayes.prediction.batches import Batch, Batches
+from pyro_bayes.training import checkpoint, finite, randomness
 from pyro_bayes.training.history import History
+from pyro_bayes.training.objective import ELBO
 
 _DELAY = 1.0  # seconds until the progress bar appears
 _SEED = 0  # validation meets the same noise after every epoch

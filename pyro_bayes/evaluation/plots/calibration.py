@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_bayes.checks import is_count
+from pyro_bayes.base.checks import is_count
 from pyro_bayes.evaluation.plots.canvas import COLORS, GREY, begin, finish, vectors
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_bayes._extras import require
+from pyro_bayes.base.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

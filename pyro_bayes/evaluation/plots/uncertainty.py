@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_bayes.checks import is_number
+from pyro_bayes.base.checks import is_number
 from pyro_bayes.evaluation.plots.canvas import COLORS, GREY, begin, finish, vectors
-from pyro_bayes.predictive import Predictive
+from pyro_bayes.likelihoods.predictive import Predictive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

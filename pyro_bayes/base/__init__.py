@@ -1,0 +1,1 @@
+"""What is done to the module that is made Bayesian: selection, swap, ownership, state."""

@@ -1,0 +1,97 @@
+"""Rules of sums and products with deterministic tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bayes.noise.estimator import affine, aligned, spread
+from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
+
+
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
+def _mul(input: Any, other: Any) -> Any:
+    gaussian, factor = (input, other) if isinstance(input, GaussianTensor) else (other, input)
+    if not _is_constant(factor):
+        return NotImplemented
+    if _keeps_shape(gaussian, factor):
+        return NotImplemented if _may_depend(factor, gaussian) else gaussian.times(factor)
+    example = _outer_example(gaussian, factor)
+    if example is NotImplemented:
+        return NotImplemented
+    return affine(
+        "mul",
+        lambda x, w, _: x * w,
+        (factor,),
+        gaussian,
+        example=example,
+        into={},
+        out=aligned(gaussian),
+    )
+
+
+@rule(torch.add, Tensor.add)
+def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    other = other if alpha == 1 else other * alpha
+    gaussian, term = (input, other) if isinstance(input, GaussianTensor) else (other, input)
+    if not _is_constant(term):
+        return NotImplemented
+    if _keeps_shape(gaussian, term):
+        return NotImplemented if _may_depend(term, gaussian) else gaussian.plus(term)
+    example = _outer_example(gaussian, term)
+    if example is NotImplemented:
+        return NotImplemented
+    return spread("add", gaussian, term, example)
+
+
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract)
+def _sub(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _add(input, -other, alpha=alpha)
+
+
+@rule(Tensor.__rsub__)
+def _rsub(input: Any, other: Any) -> Any:
+    return _add(-input, other)
+
+
+@rule(torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__)
+def _neg(input: Any) -> Any:
+    return input.times(-1)
+
+
+@rule(torch.div, torch.divide, Tensor.div, Tensor.divide)
+def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None or isinstance(other, GaussianTensor):
+        return NotImplemented
+    return _mul(input, 1 / other)
+
+
+def _is_constant(value: Any) -> bool:
+    deterministic = isinstance(value, (Tensor, int, float))
+    return deterministic and not isinstance(value, GaussianTensor)
+
+
+def _may_depend(value: Tensor | float, gaussian: GaussianTensor) -> bool:
+    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is."""
+    return isinstance(value, Tensor) and gaussian.parameter in gaussian.noise.handed
+
+
+def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:
+    """Whether arithmetic with a constant leaves a parameter a parameter."""
+    if not isinstance(other, Tensor):
+        return True
+    shape = mean_of(gaussian).shape
+    return bool(torch.broadcast_shapes(other.shape, shape) == shape)
+
+
+def _outer_example(gaussian: GaussianTensor, other: Tensor) -> Any:
+    """The dimension that counts examples when a parameter is broadcast over an activation."""
+    own = mean_of(gaussian).shape
+    shape = torch.broadcast_shapes(other.shape, own)
+    if other.shape != shape:
+        return NotImplemented
+    aligned = (1,) * (len(shape) - len(own)) + tuple(own)
+    example = gaussian.noise.batch_dim
+    return example if example < len(shape) and aligned[example] == 1 else None

@@ -1,0 +1,95 @@
+"""Rules of operators that only arrange elements: views, slices, transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_bayes.noise.gaussian_tensor import RULES, Axis, GaussianTensor, mean_of
+
+_CONVERSIONS: tuple[Callable[..., Any], ...] = (
+    *(torch.clone, Tensor.contiguous, Tensor.clone, Tensor.to),
+    *(Tensor.float, Tensor.double, Tensor.type_as),
+)
+_ARRANGEMENTS: tuple[Callable[..., Any], ...] = (
+    *(torch.reshape, torch.transpose, torch.permute, torch.t, torch.chunk, torch.split),
+    *(torch.unbind, torch.narrow, torch.select, torch.unsqueeze, torch.squeeze, torch.flatten),
+    *(torch.unflatten, torch.movedim, torch.swapaxes, torch.tensor_split, torch.index_select),
+    *(Tensor.view, Tensor.reshape, Tensor.transpose, Tensor.permute, Tensor.t, Tensor.chunk),
+    *(Tensor.split, Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.unsqueeze),
+    *(Tensor.squeeze, Tensor.flatten, Tensor.unflatten, Tensor.movedim, Tensor.swapaxes),
+    *(Tensor.tensor_split, Tensor.index_select, Tensor.expand, Tensor.expand_as),
+    *(Tensor.view_as, Tensor.reshape_as, Tensor.__getitem__),
+    *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
+)
+
+
+def _arranged(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    value, *rest = args or (kwargs.pop("input", None),)
+    if not isinstance(value, GaussianTensor):
+        return NotImplemented
+    args, kwargs = tuple(map(mean_of, rest)), {k: mean_of(v) for k, v in kwargs.items()}
+    indexed = operator in (Tensor.__getitem__, torch.index_select, Tensor.index_select)
+    token = partial(value.noise.token, value.key) if indexed else _shape
+    described = (f"({k}={tree_map(token, v)})" for k, v in (*enumerate(args), *kwargs.items()))
+    key = operator.__name__ + "".join(described)
+
+    def apply(x: Tensor) -> Any:
+        return operator(x, *args, **kwargs)
+
+    def part(index: int) -> GaussianTensor:
+        return _moved(value, lambda x: apply(x)[index], f"{value.key}.{key}[{index}]")
+
+    mean = apply(mean_of(value))
+    if operator in _CONVERSIONS:
+        return value.through(apply, value.key, value.axes)
+    if isinstance(mean, Tensor):
+        return _moved(value, apply, f"{value.key}.{key}")
+    return tuple(part(index) for index in range(len(mean)))
+
+
+for _operator in (*_CONVERSIONS, *_ARRANGEMENTS):
+    RULES[_operator] = partial(_arranged, _operator)
+
+
+def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str) -> GaussianTensor:
+    """Applies an operator that only arranges elements, and follows the signs of each dimension.
+
+    An index that varies along one dimension only must come out likewise.
+    """
+    if value.noise.estimator != "flipout" or value.axes is None:
+        return value.through(operator, key, None)
+    after: list[Axis | None] = [None] * operator(mean_of(value)).dim()
+    for dim, axis in enumerate(value.axes):
+        if axis is None or not after:
+            continue
+        shape = [-1 if d == dim else 1 for d in range(value.dim())]
+        index = torch.arange(value.shape[dim], device=value.device).view(shape)
+        try:
+            moved = operator(index.expand(value.shape))
+        except RuntimeError:  # a view that needs memory of its own
+            moved = operator(index.expand(value.shape).contiguous())
+        varies = [d for d, size in enumerate(moved.shape) if size > 1 and moved.stride(d)]
+        if len(varies) > 1:  # a copy takes memory along all dimensions
+            varies = [d for d in varies if (moved != moved.narrow(d, 0, 1)).any()]
+        if len(varies) > 1:
+            return value.through(operator, key, None)
+        target = varies[0] if varies else 0
+        line = moved[tuple(slice(None) if d == target else 0 for d in range(moved.dim()))]
+        found = Axis(
+            axis.source, axis.size, tuple(line if i is None else i[line] for i in axis.lines)
+        )
+        known = after[target]
+        joined = found if known is None else Axis(*map(add, known, found))
+        after[target] = joined
+    return value.through(operator, key, tuple(after))
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value

@@ -1,0 +1,355 @@
+"""Gaussian tensors, which reach an operator before they are drawn, and its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_bayes.noise.context import ContextNoise
+from pyro_bayes.posterior import gaussian
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What each operator does with Gaussian tensors, by the function that torch reports."""
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what operators do with Gaussian tensors.
+
+    Arguments:
+        functions: Every function under which torch may report the operator.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
+
+
+Moment: TypeAlias = Literal["variance", "draw", "change"]
+r"""The variances :math:`\sigma^2`, one ordinary draw, the same at each call, and that draw less the
+mean, :math:`\sigma \epsilon`."""
+
+
+class Axis(NamedTuple):
+    """Along one dimension of a tensor, which signs of its parameter flipout takes.
+
+    Arguments:
+        source: The parameter and its dimension, once for each factor of the signs.
+        size: The length of that dimension, likewise.
+        lines: Which of the signs, in order; `None` for all.
+    """
+
+    source: tuple[tuple[str, ...], ...]
+    size: tuple[int, ...]
+    lines: tuple[Tensor | None, ...]
+
+
+class GaussianTensor(torch.Tensor):
+    r"""A tensor of independent Gaussian elements, :math:`\mathcal{N}(\mu, \sigma^2)`.
+
+    It has no values of its own. Its shape, dtype and device are those of the mean. An operator with
+    a rule in :data:`RULES` makes the output's noise from the mean and variance. Any other operator
+    gets one ordinary draw of the tensor, the same for as long as the context is open.
+
+    Arguments:
+        mean: The means :math:`\mu`.
+        known: Its moments, as far as they are known from the start: `"variance"`, `"draw"` and
+            `"change"`, which is the draw less the mean.
+        make: Computes a moment when it is first needed; by default, from the posterior.
+        parameter: The name of the parameter it comes from.
+        key: What tells it from other tensors that come from the same parameter.
+        axes: The signs that flipout takes along each dimension, if any; `None` if they cannot be
+            told by dimension any more. By default, those of the whole parameter.
+        noise: The noise of the context.
+        posterior: :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
+    """
+
+    def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
+        # A wrapper without storage: an operator that went around the rules would fail, not use the
+        # mean without a word.
+        return torch.Tensor._make_wrapper_subclass(
+            cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device
+        )
+
+    def __init__(
+        self,
+        mean: Tensor,
+        known: dict[Moment, Tensor],
+        make: Callable[[Moment], Tensor] | None = None,
+        *,
+        parameter: str,
+        key: str,
+        axes: tuple[Axis | None, ...] | None = None,
+        noise: ContextNoise,
+        posterior: tuple[Tensor, Tensor],
+    ) -> None:
+        self._mean, self._known, self._make, self._axes = mean, known, make, axes
+        self.parameter, self.key, self.noise, self.posterior = parameter, key, noise, posterior
+        self._logvar = posterior[1]
+
+    @classmethod
+    def of(
+        cls,
+        mean: Tensor,
+        logvar: Tensor,
+        name: str,
+        noise: ContextNoise,
+        known: dict[Moment, Tensor] | None = None,
+    ) -> GaussianTensor:
+        r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`.
+
+        Arguments:
+            mean: The means :math:`\mu`.
+            logvar: The log-variances :math:`\log \sigma^2`.
+            name: The name of the parameter.
+            noise: The noise of the context.
+            known: What is known of its moments.
+        """
+        posterior = (mean, logvar)
+        return cls(mean, known or {}, parameter=name, key=name, noise=noise, posterior=posterior)
+
+    def moment(self, name: Moment) -> Tensor:
+        """Returns a moment: once computed, the same, unless it had no gradient and needs one."""
+        known = self._known.get(name)
+        if known is not None and (known.requires_grad or not self._trains()):
+            return known
+        if self._make is not None:
+            value = self._make(name)
+        else:  # it serves the whole context, not only the place where it is made
+            with self.noise.outside():
+                value = self._of_posterior(name, known)
+        if name != "change" or known is None:  # the draw has a graph of its own
+            self._known[name] = value
+        return value
+
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior)
+
+    def _of_posterior(self, name: Moment, known: Tensor | None) -> Tensor:
+        mean, logvar = self._mean, self._logvar
+        if name == "variance":
+            # Half precision has no small variances.
+            return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
+        if known is not None:
+            # It was made without a gradient, maybe in inference mode, and has one from now on.
+            known, one = known.clone(), (0.5 * (logvar - logvar.detach())).exp()
+            if name == "change":
+                return known * one
+            return known + (mean - mean.detach()) + (known - mean).detach() * (one - 1)
+        if name == "change":
+            return (0.5 * logvar).exp() * self.noise.of_parameter(self.parameter, mean)
+        if "change" in self._known:
+            return mean + self.moment("change")
+        return gaussian.draw(mean, logvar, self.noise.of_parameter(self.parameter, mean))
+
+    @property
+    def axes(self) -> tuple[Axis | None, ...] | None:
+        """The signs that flipout takes along each dimension."""
+        if self._axes is None and self._make is None:
+            self._axes = tuple(
+                Axis(((self.parameter, str(dim)),), (size,), (None,)) if dim < 2 else None
+                for dim, size in enumerate(self._mean.shape)
+            )
+        return self._axes
+
+    def batched(self, shape: torch.Size) -> GaussianTensor:
+        """Returns independent copies of the whole parameter, for several draws at a time.
+
+        Arguments:
+            shape: The parameter's shape, with dimensions for the copies on its left.
+        """
+        mean, logvar = (p.expand(shape) for p in self.posterior)
+        copies = GaussianTensor.of(mean, logvar, self.parameter, self.noise)
+        copies.posterior = self.posterior
+        return copies
+
+    def through(
+        self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
+    ) -> GaussianTensor:
+        """Returns what an operator that only arranges elements makes of the tensor."""
+        return self._derived(
+            operator(self._mean), lambda name: operator(self.moment(name)), key, axes
+        )
+
+    def times(self, factor: Tensor | float) -> GaussianTensor:
+        """Returns the product with a constant of the same shape, or one that broadcasts to it."""
+
+        def make(name: Moment) -> Tensor:
+            product = self.moment(name) * factor
+            return product * factor if name == "variance" else product
+
+        key = f"{self.key}*{self.noise.token(self.key, factor)}"
+        return self._derived(self._mean * factor, make, key, self.axes)
+
+    def plus(self, term: Tensor | float) -> GaussianTensor:
+        """Returns the sum with a constant of the same shape, or one that broadcasts to it."""
+
+        def make(name: Moment) -> Tensor:
+            return self.moment(name) + term if name == "draw" else self.moment(name)
+
+        return self._derived(self._mean + term, make, self.key, self.axes)
+
+    def _derived(
+        self,
+        mean: Tensor,
+        make: Callable[[Moment], Tensor],
+        key: str,
+        axes: tuple[Axis | None, ...] | None,
+    ) -> GaussianTensor:
+        return GaussianTensor(
+            mean,
+            {},
+            make,
+            parameter=self.parameter,
+            key=key,
+            axes=axes,
+            noise=self.noise,
+            posterior=self.posterior,
+        )
+
+    def signs(self, dim: int, count: int) -> Tensor | None:
+        """Returns the signs of `count` examples along a dimension, of shape `(count, size)`."""
+        axis = (self.axes or ())[dim]
+        if axis is None:
+            return None
+        product: Tensor | None = None
+        for source, size, index in zip(*axis, strict=True):
+            signs = self.noise.signs(source, count, size, self._mean)
+            signs = signs if index is None else signs[:, index]
+            product = signs if product is None else product * signs
+        return product
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"GaussianTensor({self.parameter!r}, shape={tuple(self._mean.shape)})"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == _REQUIRES_GRAD:
+            return _pin(args[0])
+        if func in _METADATA:
+            if len(args) == 1 and not kwargs:
+                return func(args[0]._mean)
+            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        given = gaussians_in((*args, *kwargs.values()))
+        found = RULES.get(func)
+        if found is not None and not (given and given[0].noise.estimator == "weights"):
+            if any([g.parameter in g.noise.pinned for g in given]):
+                return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
+            out = found(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, GaussianTensor):
+                value.noise.note(value.parameter, f"one draw ({func.__name__})")
+                value.noise.handed.add(value.parameter)
+        if given and _is_mutation(func, kwargs):
+            # From now on, the draw is what was made of it.
+            with torch.enable_grad():
+                drawn(given[0])
+            given[0].noise.pinned.add(given[0].parameter)
+        return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.add_.Tensor and _is_pinned(args[0]):
+            return args[0]  # see `_pin`
+        # Below autograd, a draw would cut the gradient.
+        raise RuntimeError(
+            f"Expected an operator that torch reports to tensor subclasses; got {func}, called from"
+            " where local noise cannot reach. Use reparameterize(local_trick=False), or exclude the"
+            " parameters that it uses."
+        )
+
+
+def mean_of(value: Any) -> Any:
+    """Returns the mean of a Gaussian tensor, and anything else as it is."""
+    return value._mean if isinstance(value, GaussianTensor) else value
+
+
+def variance_of(value: GaussianTensor) -> Tensor:
+    """Returns the variance of a Gaussian tensor."""
+    return value.moment("variance")
+
+
+def drawn(value: Any) -> Any:
+    """Returns the one draw of a Gaussian tensor in this context, and anything else as it is."""
+    return value.moment("draw") if isinstance(value, GaussianTensor) else value
+
+
+def change_of(value: GaussianTensor) -> Tensor:
+    """Returns the one draw of a Gaussian tensor less its mean."""
+    return value.moment("change")
+
+
+def gaussians_in(values: Iterable[Any]) -> list[GaussianTensor]:
+    """Returns the Gaussian tensors among some values."""
+    return [value for value in values if isinstance(value, GaussianTensor)]
+
+
+def _metadata() -> set[Callable[..., Any]]:
+    attributes = (
+        "device dtype is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse"
+        " is_sparse_csr is_xpu itemsize layout nbytes ndim shape"
+    )
+    methods = (
+        "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed"
+        " ndimension nelement numel size stride"
+    )
+    found: set[Callable[..., Any]] = {
+        getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
+    }
+    found |= {getattr(Tensor, m) for m in methods.split()}
+    likes = "zeros ones empty full rand randn"
+    found |= {getattr(torch, f"{like}_like") for like in likes.split()}
+    found |= {getattr(Tensor, f"new_{like}") for like in likes.split()[:4]}
+    return found | {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_tensor}
+
+
+_METADATA = _metadata()
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _pin(value: GaussianTensor) -> bool:
+    """Returns whether the tensor requires a gradient, and lets its one draw stand for it if so.
+
+    Whoever asks is about to differentiate with respect to the tensor itself, as flows do that hand
+    their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
+    told by an addition in place that its gradient is the draw's.
+    """
+    value.noise.pinned.add(value.parameter)
+    value.noise.note(value.parameter, "one draw (requires_grad)")
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
+        return False
+    sample = drawn(value)
+    with torch._C.DisableTorchFunctionSubclass():
+        if not value.requires_grad:
+            value.add_(sample)
+    return True
+
+
+def _is_mutation(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    name = func.__name__
+    special = name in ("__setitem__", "__set__") or name.startswith("__i")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return special or in_place or isinstance(kwargs.get("out"), GaussianTensor)
+
+
+def _is_pinned(value: Any) -> bool:
+    return isinstance(value, GaussianTensor) and value.parameter in value.noise.pinned
+
+
+def _unless_pinned(value: Any) -> Any:
+    return drawn(value) if _is_pinned(value) else value

@@ -1,0 +1,146 @@
+"""Rules of linear and bilinear maps and of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_bayes.noise.estimator import affine, example_dim
+from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
+
+
+@rule(F.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return linear(input, weight, bias, example_dim((weight, bias), input.dim() - 1))
+
+
+def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
+    """A linear layer whose input has a given dimension that counts examples, or none."""
+    if mean_of(weight).dim() < 2:
+        return NotImplemented
+    return affine(
+        "linear",
+        F.linear,
+        (input,),
+        weight,
+        bias,
+        example=example,
+        into={1: (0, -1)},
+        out={0: -1},
+        slopes=_slopes,
+    )
+
+
+def _slopes(
+    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    columns = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    return (
+        torch.matmul(grad, weight) if needed[0] else None,
+        rows.t().mm(columns) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
+    )
+
+
+@rule(F.bilinear)
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    example = example_dim((weight, bias), input1.dim() - 1)
+    return affine(
+        "bilinear",
+        F.bilinear,
+        (input1, input2),
+        weight,
+        bias,
+        example=example,
+        into={1: (0, -1), 2: (1, -1)},
+        out={0: -1},
+    )
+
+
+@rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
+def _matmul(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None) -> Any:
+    other = mat2 if other is None else other
+    if out is not None:
+        return NotImplemented
+    if isinstance(input, GaussianTensor) and isinstance(other, GaussianTensor):
+        return NotImplemented
+    if isinstance(other, GaussianTensor):
+        return _times_matrix("matmul", lambda x, w, _: torch.matmul(x, w), input, other)
+    out = {d: d - input.dim() for d in range(input.dim() - 1)}
+    if other.dim() == 1:
+        example, into, out = None, -1, {d: v + 1 for d, v in out.items()}
+    else:
+        example = example_dim((input,), other.dim() - max(input.dim(), 2))
+        into = -2
+    return affine(
+        "matmul",
+        lambda x, w, _: torch.matmul(w, x),
+        (other,),
+        input,
+        example=example,
+        into={input.dim() - 1: (0, into)},
+        out=out,
+    )
+
+
+@rule(Tensor.__rmatmul__)
+def _rmatmul(input: Any, other: Any) -> Any:
+    return _matmul(other, input)
+
+
+@rule(torch.addmm, Tensor.addmm)
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(input, GaussianTensor) and (input.dim() != 1 or isinstance(beta, Tensor)):
+        return NotImplemented
+    return _plus_product("addmm", torch.addmm, torch.mm, (input, mat1, mat2), beta, alpha)
+
+
+@rule(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    return _plus_product("baddbmm", torch.baddbmm, torch.bmm, (input, batch1, batch2), beta, alpha)
+
+
+def _plus_product(
+    operator: str,
+    apply: Callable[..., Tensor],
+    product: Callable[..., Tensor],
+    args: tuple[Any, Any, Any],
+    beta: float,
+    alpha: float,
+) -> Any:
+    """A product with a matrix, or a stack of them, on the right, and what is added to it."""
+    bias, left, right = args
+    if isinstance(left, GaussianTensor):
+        return NotImplemented
+    bias = bias.times(beta) if isinstance(bias, GaussianTensor) else bias * beta
+    weight = right.times(alpha) if isinstance(right, GaussianTensor) else right * alpha
+
+    def apply_or_multiply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return product(x, w) if b is None else apply(b, x, w)
+
+    return _times_matrix(operator, apply_or_multiply, left, weight, bias)
+
+
+def _times_matrix(
+    operator: str, apply: Callable[..., Tensor], input: Any, weight: Any, bias: Any = None
+) -> Any:
+    """A product with a matrix, or a stack of them, on the right."""
+    last = weight.dim() - 1
+    leading = input.dim() - (weight.dim() if weight.dim() > 2 else 1)
+    contracted = max(last - 1, 0)
+    out = {d: d - weight.dim() + (last == 0) for d in range(last + 1) if d != contracted}
+    return affine(
+        operator,
+        apply,
+        (input,),
+        weight,
+        bias,
+        example=example_dim((weight, bias), leading),
+        into={contracted: (0, -1)},
+        out=out,
+    )

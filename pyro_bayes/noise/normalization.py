@@ -1,0 +1,89 @@
+"""Rules of normalisations, which scale and shift elementwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_bayes.noise.estimator import affine, aligned, example_dim
+from pyro_bayes.noise.gaussian_tensor import RULES, drawn, rule
+
+
+@rule(F.layer_norm)
+def _layer_norm(
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
+    normed = F.layer_norm(drawn(input), normalized_shape, None, None, eps)
+    leading = input.dim() - len(normalized_shape)
+    return _scaled("layer_norm", normed, weight, bias, leading=leading)
+
+
+@rule(F.rms_norm)
+def _rms_norm(
+    input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Any:
+    normed = F.rms_norm(drawn(input), normalized_shape, None, eps)
+    return _scaled("rms_norm", normed, weight, None, leading=input.dim() - len(normalized_shape))
+
+
+@rule(F.group_norm)
+def _group_norm(
+    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    normed = F.group_norm(drawn(input), num_groups, None, None, eps)
+    return _scaled("group_norm", normed, weight, bias, trailing=input.dim() - 2)
+
+
+@rule(F.batch_norm, F.instance_norm)
+def _batch_norm(
+    operator: Callable[..., Tensor],
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    normed = operator(drawn(input), running_mean, running_var, None, None, *args, **kwargs)
+    return _scaled(operator.__name__, normed, weight, bias, trailing=input.dim() - 2)
+
+
+for _operator in (F.batch_norm, F.instance_norm):
+    RULES[_operator] = partial(_batch_norm, _operator)
+
+
+def _scaled(
+    operator: str,
+    normed: Tensor,
+    weight: Any,
+    bias: Any,
+    *,
+    leading: int = 1,
+    trailing: int = 0,
+) -> Any:
+    """The affine part of a normalisation."""
+    weight, bias = (v if v is None else v.view(*v.shape, *[1] * trailing) for v in (weight, bias))
+    return affine(
+        operator,
+        _multiply_add,
+        (normed,),
+        weight,
+        bias,
+        example=example_dim((weight, bias), leading),
+        into={},
+        out=aligned(weight),
+    )
+
+
+def _multiply_add(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    product = x if weight is None else x * weight
+    return product if bias is None else product + bias

@@ -1,0 +1,104 @@
+"""What a model consists of, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pyro_bayes.base.tables import print_table
+from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.pyro_bridge.module import TiedModule
+
+
+@dataclass(frozen=True)
+class Row:
+    r"""One parameter.
+
+    Arguments:
+        parameter: The dotted name, with the further names of a tied parameter.
+        shape: The shape.
+        included: Whether the parameter is Bayesian.
+        why: The pattern that decided, or why no pattern could.
+        prior: The prior, or whether a deterministic parameter trains.
+        signal: The current mean of :math:`|\mu| / \sigma` over the elements; `None` if
+            deterministic.
+        noise: What an estimator reached in a forward pass; `None` if none was made.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    included: bool
+    why: str
+    prior: str
+    signal: float | None
+    noise: str | None = None
+
+
+_HEADERS = ("parameter", "shape", "included", "why", "prior", "mean |μ|/σ")
+
+
+class Summary:
+    """A table of parameters.
+
+    Arguments:
+        title: The line above the table.
+        rows: One row per parameter.
+    """
+
+    def __init__(self, title: str, rows: Sequence[Row]) -> None:
+        self.title = title
+        self.rows = tuple(rows)
+
+    def print(self) -> None:
+        """Prints the table.
+
+        Raises:
+            ImportError: If the extra `rich` is not installed.
+        """
+        with_noise = any(row.noise for row in self.rows)
+        rows = []
+        for row in self.rows:
+            signal = "" if row.signal is None else f"{row.signal:.3g}"
+            included = "yes" if row.included else "no"
+            shape = "×".join(map(str, row.shape)) or "()"
+            noise = [row.noise or ""] if with_noise else []
+            rows.append([row.parameter, shape, included, row.why, row.prior, signal, *noise])
+        headers = [*_HEADERS, "noise"] if with_noise else _HEADERS
+        print_table(self.title, headers, rows, right=_HEADERS[-1:])
+
+    def __repr__(self) -> str:
+        included = sum(row.included for row in self.rows)
+        return f"Summary({len(self.rows)} parameters, {included} included)"
+
+
+def summarize(
+    model: TiedModule, variances: PriorVariances, uses: Mapping[str, Sequence[str]] | None
+) -> Summary:
+    r"""Prints a table of a model's parameters, and returns it.
+
+    Arguments:
+        model: The model.
+        variances: The variances of the prior.
+        uses: What became of each parameter in a forward pass, if one was made.
+    """
+    posterior = model.guide.posterior()
+    rows = []
+    for choice in model._choices:
+        signal, noise = None, None if uses is None else "deterministic"
+        parameter = model._swap.originals[choice.name]
+        prior = "none, trains" if parameter.requires_grad else "none, fixed"
+        if choice.included:
+            mean, logvar = (p.detach() for p in posterior[choice.name])
+            signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
+            prior = variances.describe(choice.name)
+            noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
+        name = " = ".join((choice.name, *choice.aliases))
+        shape = tuple(parameter.shape)
+        rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
+    count = sum(math.prod(row.shape) for row in rows if row.included)
+    title = f"{type(model).__name__} of {type(model._base).__name__}"
+    found = f"{count} Bayesian parameters, '{model.guide.store_name}' in the param store"
+    summary = Summary(f"{title}: {found}", rows)
+    summary.print()
+    return summary

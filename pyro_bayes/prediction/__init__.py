@@ -1,0 +1,1 @@
+"""Predictions: draws in chunks, running statistics and batch norm."""

@@ -1,0 +1,125 @@
+"""Batch norm under the posterior: its running statistics, and whether they are stale."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from pyro_bayes.model import BayesianModel
+    from pyro_bayes.pyro_bridge.module import TiedModule
+
+Stamp: TypeAlias = tuple[int, ...]
+
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+
+
+def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
+    r"""Computes the running statistics of batch norms anew, under the posterior as it is now.
+
+    What training leaves are running averages over the last few draws, from posteriors that have
+    since changed. This replaces them by the averages over all batches, each with a draw of its own,
+    for a network that predicts in evaluation mode. All other modules are in evaluation mode
+    meanwhile. After an error, the statistics are as before. A network without batch norm is left
+    alone.
+
+    Predictions in evaluation mode warn when the statistics are stale: when a parameter, or the
+    statistics themselves, have changed since this call, or, without one, since the model was made.
+    Conversions and copies keep that knowledge; a state dict is trusted when it is loaded.
+
+    Arguments:
+        bnn: The model.
+        loader: The batches of the training set, of inputs or of pairs (x, y), whose y is left out.
+            Several passes over the data average over more draws.
+
+    Raises:
+        ValueError: If there is no batch, one has more than two parts, or statistics are not finite.
+        TypeError: If a batch is not of tensors.
+
+    See Also:
+        :func:`torch.optim.swa_utils.update_bn`, for networks without a posterior.
+
+    Example:
+        >>> from pyro_bayes import BayesianModel
+        >>> bnn = BayesianModel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+        >>> update_batch_norm(bnn, [torch.randn(20, 3) for _ in range(10)])
+        >>> bnn.base[1].num_batches_tracked
+        tensor(10)
+    """
+    from pyro_bayes.prediction.predict import batches
+
+    norms = _norms(bnn)
+    if not norms:
+        return
+    before = [
+        (norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms
+    ]
+    count = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+        for call in batches(loader, None):
+            with bnn.reparameterize() as base, torch.no_grad():
+                base.eval()
+                for norm in norms:
+                    norm.train()
+                call(base)
+            count += 1
+        if not count:
+            raise ValueError("Expected loader to have at least one batch; got none.")
+        if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
+            raise ValueError(
+                "Expected statistics that are finite; got nan or inf. Are the inputs and the"
+                " posterior finite?"
+            )
+    except BaseException:
+        for _, buffers in before:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise
+    finally:
+        for norm, (momentum, _) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+    bnn._stamp = stamp(bnn)
+
+
+def stamp(model: TiedModule) -> Stamp:
+    """Returns what differs after a parameter or a statistic has changed.
+
+    Optimisers that are fused do not count their changes, but training does count batches.
+
+    Arguments:
+        model: The model.
+    """
+    norms = _norms(model)
+    if not norms:
+        return ()
+    return model._versions() + tuple(int(norm.num_batches_tracked) for norm in norms)
+
+
+def warn_if_stale(model: TiedModule) -> None:
+    """Warns if a batch norm is about to use statistics of other parameters.
+
+    Arguments:
+        model: The model.
+
+    Warns:
+        UserWarning: If so.
+    """
+    if any(not norm.training for norm in _norms(model)) and model._stamp != stamp(model):
+        warnings.warn(
+            "Expected batch norms whose running statistics belong to the posterior; got some from"
+            " before it last changed. Call"
+            " `pyro_bayes.prediction.batch_norm.update_batch_norm(bnn, loader)` after training.",
+            stacklevel=3,
+        )
+
+
+def _norms(model: TiedModule) -> list[Any]:
+    modules = model._base.modules()
+    return [m for m in modules if isinstance(m, _NORMS) and m.running_mean is not None]

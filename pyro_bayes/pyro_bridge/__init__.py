@@ -1,0 +1,1 @@
+"""Pyro: sites, guide, lift, exact divergences and the param store."""

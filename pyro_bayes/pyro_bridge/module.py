@@ -1,0 +1,337 @@
+"""A base and its posterior, tied: copies, conversions and files never part them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_bayes.base.selection import Choice
+from pyro_bayes.base.swap import Swap
+from pyro_bayes.prediction.batch_norm import Stamp, stamp
+from pyro_bayes.pyro_bridge import store
+from pyro_bayes.pyro_bridge.guide import MeanField
+from pyro_bayes.pyro_bridge.prior import GaussianPrior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _Tie(NamedTuple):
+    """Which model a parameter of a base belongs to, and what that changed."""
+
+    parameter: weakref.ref[nn.Parameter]
+    owner: weakref.ref[TiedModule]
+    shares: bool  # whether it shares its storage with the means
+    frozen: bool  # whether it trained before
+
+
+_ties: dict[int, _Tie] = {}
+
+
+class TiedModule(PyroModule):
+    r"""A base, its prior and its guide, as one module.
+
+    The base's included parameters share their storage with the means and do not train themselves.
+    The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A base
+    has one model at a time: a later one takes it over, and the former keeps its posterior. A state
+    dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
+    deterministic. Before anything is read, values that were loaded into Pyro's param store arrive.
+
+    Arguments:
+        base: The module.
+        prior: The prior over its included parameters.
+        guide: The posterior over them.
+        choices: What selection decided about each parameter of the base.
+    """
+
+    base: nn.Module
+    prior: GaussianPrior
+    guide: MeanField
+
+    def __init__(
+        self, base: nn.Module, prior: GaussianPrior, guide: MeanField, choices: Sequence[Choice]
+    ) -> None:
+        super().__init__()
+        self._choices = tuple(choices)
+        self._trained: set[str] = set()
+        # `PyroModule.add_module` would rename the prior's sites after the attribute.
+        for key, module in {"base": base, "prior": prior, "guide": guide}.items():
+            nn.Module.add_module(self, key, module)
+        self._pyro_set_supermodule("", self._pyro_context)
+        store.allow_module_local(self)
+        self.register_state_dict_pre_hook(_before_save)
+        self.register_state_dict_post_hook(_drop_included)
+        self.register_load_state_dict_pre_hook(_add_included)
+        self.register_load_state_dict_post_hook(_after_load)
+        self._mutex = threading.RLock()
+        self._prepare()
+        self._take_over()
+        self._stamp: Stamp | None = stamp(self)
+
+    @property
+    def means(self) -> nn.Module:
+        r"""The posterior means :math:`\mu`, a module with the parameters' own names."""
+        return self.guide.locs
+
+    @property
+    def logvars(self) -> nn.Module:
+        r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
+        return self.guide.logvars
+
+    @contextmanager
+    def mean(self) -> Iterator[nn.Module]:
+        """Holds the posterior means in the base while the context is open, without gradients.
+
+        So does `base` where no other context is open. The mode stays what it is.
+
+        Yields:
+            The base.
+
+        Example:
+            >>> from pyro_bayes import BayesianModel
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.mean() as net:
+            ...     prediction = net(x)
+        """
+        with self._lock():
+            base = self.base
+            with self._hold(dict(self._swap.originals)):
+                yield base
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Returns the parameters that may train: those of the posterior, and deterministic ones.
+
+        The base's included parameters share storage with the means and never get a gradient, so
+        they are left out. A module that contains this one does name them: what writes to each of
+        a module's parameters in place, as :class:`torch.optim.swa_utils.AveragedModel` does, must
+        be told to take buffers too (`use_buffers=True`), or be given the guide alone.
+
+        Arguments:
+            prefix: What stands in front of the names.
+            recurse: Whether to include those of submodules.
+            remove_duplicate: Whether a shared parameter is named once.
+
+        Yields:
+            Pairs of name and parameter.
+        """
+        self._pull()
+        stem = f"{prefix}.base." if prefix else "base."
+        # Inside a context, other tensors stand in the base.
+        own = {
+            stem + name: None if c.included else self._swap.originals[c.name]
+            for c in self._choices
+            for name in (c.name, *c.aliases)
+        }
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            found = own.get(name, parameter)
+            if found is not None:
+                yield name, found
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            # Read past PyroModule, which would make a `pyro.module` statement of the base.
+            if "_swap" in self.__dict__:
+                self._pull()
+                self._tie()
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_swap" not in self.__dict__ or name.startswith("__"):
+                raise
+        try:
+            return getattr(modules["base"], name)
+        except AttributeError:
+            raise AttributeError(
+                f"Expected an attribute of {type(self).__name__} or of its base"
+                f" {type(modules['base']).__name__}; got '{name}'."
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("base", "prior", "guide"):
+            raise AttributeError(
+                f"Expected '{name}' to stay what it is; got {type(value).__name__}. Wrap another"
+                " module in a new BayesianModel."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def _base(self) -> nn.Module:
+        return self._modules["base"]  # type: ignore[return-value]
+
+    @property
+    def _prior(self) -> GaussianPrior:
+        return self._modules["prior"]  # type: ignore[return-value]
+
+    @property
+    def _guide(self) -> MeanField:
+        return self._modules["guide"]  # type: ignore[return-value]
+
+    def _prepare(self) -> None:
+        """Looks the parameters up, after any of them may have been replaced."""
+        self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
+
+    def _tie(self) -> None:
+        """Lets the base's included parameters share the storage of the means, if they are ours."""
+        originals = self._swap.originals
+        for name, mean in self._guide.locs.named_parameters():
+            original = originals[name]
+            if original.data_ptr() != mean.data_ptr() and _ties[id(original)].owner() is self:
+                original.data = mean.data
+
+    def _claim(self, choice: Choice) -> None:
+        """Makes the model the one that a parameter of the base belongs to."""
+        original = self._swap.originals[choice.name]
+        self._trained |= {choice.name} if original.requires_grad else set()
+        reference = weakref.ref(original, partial(_forget, id(original)))
+        frozen = choice.included and choice.name in self._trained
+        _ties[id(original)] = _Tie(reference, weakref.ref(self), choice.included, frozen)
+        if choice.included:
+            original.requires_grad_(False)
+
+    def _take_over(self) -> None:
+        """Releases the base's parameters from a former model, and claims them."""
+        for choice in self._choices:
+            original = self._swap.originals[choice.name]
+            former = _ties.pop(id(original), None)
+            if former is not None and former.frozen:
+                original.requires_grad_()
+            if former is not None and former.shares:
+                original.data = original.data.clone()
+            self._claim(choice)
+        self._tie()
+
+    def _deterministic(self) -> dict[str, nn.Parameter]:
+        """Returns the excluded parameters that train, by name."""
+        originals = self._swap.originals
+        excluded = (c.name for c in self._choices if not c.included)
+        return {name: originals[name] for name in excluded if originals[name].requires_grad}
+
+    def _store_key(self, name: str) -> str:
+        return f"{self._guide.store_name}.base.{name}"
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        return {self._store_key(name): p for name, p in self._deterministic().items()}
+
+    def _versions(self) -> tuple[int, ...]:
+        """Returns torch's counts of changes in place of each parameter."""
+        posterior = (p for pair in self._guide.posterior().values() for p in pair)
+        excluded = (self._swap.originals[c.name] for c in self._choices if not c.included)
+        return tuple(parameter._version for parameter in (*posterior, *excluded))
+
+    def _pull(self) -> None:
+        self._guide.posterior()
+        store.pull(self._stored)
+
+    def _replaced(self) -> None:
+        self._prepare()
+        for choice in self._choices:
+            if id(self._swap.originals[choice.name]) not in _ties:
+                self._claim(choice)
+        self._tie()
+        store.replace(self._stored())
+
+    @contextmanager
+    def _hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Swaps values into the base, and yields it."""
+        training = self.training
+        try:
+            with self._swap(values):
+                yield self._base
+        finally:
+            if self.training != training:  # Pyro's modules take long to set an attribute
+                self.training = training
+
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+        # A compiled function runs in one thread, and cannot hold a lock.
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
+
+    def _check_closed(self) -> None:
+        if self._swap.is_open:
+            raise RuntimeError(
+                "Expected no context of the model to be open while it is converted, copied or"
+                " loaded; got one, in which the base holds draws. Leave `reparameterize()` or"
+                " `lift()` first."
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._check_closed()
+        self._pull()
+        fresh = self._stamp == stamp(self)
+        super()._apply(fn, recurse)
+        self._replaced()
+        self._stamp = stamp(self) if fresh else None
+        return self
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        # As a child of a Pyro module, the model shares its parent's context, so that one run of
+        # the parent draws each site once. The names of sites and stored parameters stay its own.
+        self._pyro_name = name
+        self._pyro_context = context
+        for module in self._prior.modules():
+            module._pyro_context = context
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_closed()
+        # Counters of changes start anew in a copy.
+        state = dict(super().__getstate__(), _stamp=self._stamp == stamp(self))
+        return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mutex = threading.RLock()
+        self._prepare()
+        self._take_over()
+        self._stamp = stamp(self) if state["_stamp"] else None
+
+
+def _forget(key: int, _: Any) -> None:
+    _ties.pop(key, None)
+
+
+def _drop_included(model: TiedModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leaves the base's included parameters out of a state dict: they are the means."""
+    for choice in model._choices:
+        for name in (choice.name, *choice.aliases) if choice.included else ():
+            state.pop(f"{prefix}base.{name}", None)
+
+
+def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Puts the means in the base's places again before a state dict is loaded."""
+    model._check_closed()
+    model._pull()
+    for choice in model._choices:
+        mean = state.get(f"{prefix}guide.means.{choice.name}")
+        if mean is not None:
+            for name in (choice.name, *choice.aliases):
+                state.setdefault(f"{prefix}base.{name}", mean.detach())
+
+
+def _after_load(model: TiedModule, keys: Any) -> None:
+    model._replaced()
+    model._stamp = stamp(model)
+    # What is missing of the included parameters is missing of the means, and named there.
+    missing = set(keys.missing_keys)
+    for choice in model._choices:
+        for name in (choice.name, *choice.aliases) if choice.included else ():
+            ending = f"base.{name}"
+            prefixes = [k.removesuffix(ending) for k in missing if k.endswith(ending)]
+            named = [p for p in prefixes if f"{p}guide.means.{choice.name}" in missing]
+            missing -= {p + ending for p in named}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key in missing]
+
+
+def _before_save(model: TiedModule, *_: Any) -> None:
+    model._pull()

@@ -1,0 +1,86 @@
+"""The distribution of a guide's site, whose draw and log-density are made with little work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.utils import lazy_property
+
+from pyro_bayes.noise.gaussian_tensor import GaussianTensor
+
+
+class Posterior(dist.Independent):
+    r"""The posterior :math:`\mathcal{N}(\mu, \sigma^2 I)` of one parameter, with a draw at hand.
+
+    The first sample is that draw, or a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor` that
+    stands for it. The log-density of a Gaussian tensor is 0.
+
+    Arguments:
+        mean: The means :math:`\mu`.
+        logvar: The log-variances :math:`\log \sigma^2`.
+        draw: The draw.
+        log_prob: Its log-density, if it is not a Gaussian tensor.
+    """
+
+    has_rsample = True
+
+    def __init__(
+        self, mean: Tensor, logvar: Tensor, draw: Tensor, log_prob: Tensor | None = None
+    ) -> None:
+        # What the base classes' constructors would do, of which most steps need nothing.
+        self._mean, self._logvar = mean, logvar
+        self._draw: Tensor | None = draw
+        self._log_prob = log_prob
+        self._batch_shape, self._event_shape = torch.Size(), mean.shape
+        self.reinterpreted_batch_ndims = mean.dim()
+
+    @lazy_property
+    def base_dist(self) -> _Normal:
+        return _Normal(self._mean, self._logvar, self._draw)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Posterior:
+        new = type(self).__new__(type(self))
+        new._log_prob = new._draw = None
+        return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        if self._draw is not None and not sample_shape:
+            return self._draw
+        return super().rsample(sample_shape)
+
+    def log_prob(self, value: Any) -> Tensor:
+        if isinstance(value, GaussianTensor):
+            return value.posterior[0].new_zeros(()).expand(self.batch_shape)
+        if value is not self._draw or self._log_prob is None:
+            return super().log_prob(value)  # type: ignore[no-any-return]
+        return self._log_prob
+
+
+class _Normal(dist.Normal):
+    """A normal distribution whose first draw is known, and whose σ is computed if needed."""
+
+    def __init__(self, mean: Tensor, logvar: Tensor, draw: Tensor | None) -> None:
+        self.loc, self.logvar, self.draw = mean, logvar, draw
+        torch.distributions.Distribution.__init__(self, mean.shape, validate_args=False)
+
+    @lazy_property
+    def scale(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Normal:
+        mean, logvar = (p.expand(batch_shape) for p in (self.loc, self.logvar))
+        draw = self.draw if isinstance(self.draw, GaussianTensor) else None
+        return type(self)(mean, logvar, draw)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        if self.draw is None:
+            return super().rsample(sample_shape)
+        if shape == self.draw.shape:
+            return self.draw
+        if isinstance(self.draw, GaussianTensor):
+            return self.draw.batched(shape)
+        return super().rsample(sample_shape)

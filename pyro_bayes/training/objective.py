@@ -1,0 +1,307 @@
+"""The objective: the evidence lower bound, for plain PyTorch and for Pyro."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_bayes.base.checks import check_batch, is_count, is_number
+from pyro_bayes.base.swap import Swap
+from pyro_bayes.likelihoods import Likelihood
+from pyro_bayes.model import BayesianModel
+from pyro_bayes.noise.context import context_noise
+from pyro_bayes.pyro_bridge import store
+from pyro_bayes.pyro_bridge.particles import Particles
+from pyro_bayes.training.schedule import Schedule
+
+_LOSSES = {
+    "mse": "Gaussian(scale)",
+    "l1": "StudentT(scale)",
+    "huber": "StudentT(scale)",
+    "gaussian": "HeteroscedasticGaussian()",
+    "binary": "Bernoulli()",
+    "bce": "Bernoulli()",
+    "poisson": "Poisson()",
+    "cross": "Categorical()",
+    "nll": "Categorical()",
+}
+"""Parts of the names of torch's losses, and the likelihoods to use instead."""
+
+_store_names: weakref.WeakKeyDictionary[Likelihood, str] = weakref.WeakKeyDictionary()
+
+
+class Terms(NamedTuple):
+    """The two terms of the negative ELBO per datum, 0-dim tensors in nats.
+
+    Arguments:
+        nll: The negative log-likelihood, its mean over examples and draws.
+        kl: The KL divergence divided by the size of the dataset, before any weight.
+    """
+
+    nll: Tensor
+    kl: Tensor
+
+
+class ELBO(nn.Module):
+    r"""The negative evidence lower bound of a model per datum, a loss to minimise.
+
+    .. math:: \mathcal{L}(x, y) = -\frac{1}{S B} \sum_{s, i} \log p(y_i \mid f_{\theta_s}(x_i))
+              + \frac{w}{N} D_{KL}(q(\theta) \,\|\, p(\theta)), \qquad \theta_s \sim q(\theta)
+
+    The first sum is over the :math:`B` examples of a minibatch, and :math:`N` is the size of the
+    whole training set: the expectation over minibatches is the negative ELBO of all data, divided
+    by :math:`N`. Its parameters are those of the posterior, the deterministic ones of the base that
+    train, and what the likelihood learns. Give the optimiser `objective.parameters()`.
+
+    Arguments:
+        bnn: The model.
+        likelihood: The likelihood, one of :mod:`pyro_bayes.likelihoods`.
+        num_data: The number :math:`N` of examples in the whole training set, not in a batch.
+        local_trick: The estimator, `False`, `True` or `"flipout"`, as in
+            :meth:`pyro_bayes.BayesianModel.reparameterize`.
+        batch_dim: The dimension of inputs that counts examples, 1 if they have time first. The
+            output and the target have them first.
+        num_samples: The number :math:`S` of draws. More lower the variance of the gradient, in
+            proportion to the time.
+        kl_weight: The weight :math:`w`, a number or a schedule, as
+            :class:`pyro_bayes.training.schedule.LinearWarmup`. With a weight other than 1, it is no
+            ELBO.
+
+    Attributes:
+        model: The model.
+        likelihood: The likelihood.
+        num_data: The number :math:`N`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, as a loss function instead of a likelihood.
+        ValueError: If an argument is out of range.
+
+    References:
+        | Weight Uncertainty in Neural Networks (Blundell et al., 2015)
+        | https://arxiv.org/abs/1505.05424
+
+    Example:
+        >>> from pyro_bayes.likelihoods import Gaussian
+        >>> bnn = BayesianModel(nn.Linear(3, 1))
+        >>> objective = ELBO(bnn, Gaussian(0.1, learn=True), num_data=100, local_trick=True)
+        >>> optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2)
+        >>> x, y = torch.randn(20, 3), torch.randn(20, 1)  # a minibatch
+        >>> loss = objective(x, y)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    model: BayesianModel
+    likelihood: Likelihood
+
+    def __init__(
+        self,
+        bnn: BayesianModel,
+        likelihood: Likelihood,
+        num_data: int,
+        *,
+        local_trick: bool | Literal["flipout"] = False,
+        batch_dim: int = 0,
+        num_samples: int = 1,
+        kl_weight: float | Schedule = 1.0,
+    ) -> None:
+        super().__init__()
+        _check(bnn, likelihood, num_data)
+        context_noise(local_trick, batch_dim)
+        if not is_count(num_samples):
+            raise ValueError(
+                f"Expected num_samples to be an integer of at least 1; got {num_samples!r}."
+            )
+        if not isinstance(kl_weight, Schedule) and not (
+            is_number(kl_weight) and 0 <= kl_weight < math.inf
+        ):
+            raise ValueError(
+                "Expected kl_weight to be a finite number of at least 0 or a schedule, as"
+                f" LinearWarmup(steps); got {kl_weight!r}."
+            )
+        self.model = bnn
+        self.likelihood = likelihood
+        self.num_data = int(num_data)
+        self.num_samples = int(num_samples)
+        self.local_trick: bool | Literal["flipout"] = local_trick
+        self.batch_dim = batch_dim
+        self.kl_weight = kl_weight
+
+    @property
+    def weight(self) -> float | Tensor:
+        """The weight of the divergence at the present step."""
+        return self.kl_weight.weight if isinstance(self.kl_weight, Schedule) else self.kl_weight
+
+    def step(self) -> None:
+        """Advances the schedule of the weight, if there is one: once per step of the optimiser."""
+        if isinstance(self.kl_weight, Schedule):
+            self.kl_weight.step()
+
+    def terms(self, x: Any, y: Tensor) -> Terms:
+        """Computes the two terms of the loss apart.
+
+        Arguments:
+            x: A tensor, a tuple of positional arguments or a mapping of keyword arguments of the
+                base.
+            y: The targets.
+
+        Returns:
+            The terms; the loss is `nll + weight * kl`.
+
+        Raises:
+            TypeError: If the output or `y` is of the wrong type.
+            ValueError: If the output or `y` does not fit the likelihood, or, in training mode, a
+                batch has more examples than `num_data`.
+        """
+        args, kwargs = _arguments(x)
+        nlls = []
+        for _ in range(self.num_samples):
+            with self.model.reparameterize(self.local_trick, batch_dim=self.batch_dim) as net:
+                # Inside the context, because flows compute their density with the network.
+                log_probs = self.likelihood.log_prob(net(*args, **kwargs), y)
+            if log_probs.shape != y.shape[:1]:
+                raise ValueError(
+                    f"Expected {type(self.likelihood).__name__}.log_prob() to have one value per"
+                    f" example, the shape {tuple(y.shape[:1])}; got {tuple(log_probs.shape)}. It"
+                    " must not be reduced over examples."
+                )
+            nlls.append(-log_probs.mean())
+        if self.training:
+            check_batch(len(y), self.num_data)
+        nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
+        return Terms(nll, self.model.kl_divergence() / self.num_data)
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Computes the loss.
+
+        Arguments:
+            x: A tensor, a tuple of positional arguments or a mapping of keyword arguments of the
+                base.
+            y: The targets.
+
+        Returns:
+            The loss in nats per datum, a 0-dim tensor.
+
+        Raises:
+            TypeError: If the output or `y` is of the wrong type.
+            ValueError: If the output or `y` does not fit, as in :meth:`terms`.
+        """
+        nll, kl = self.terms(x, y)
+        return nll + self.weight * kl
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Returns the parameters that may train, those of the model and of the likelihood.
+
+        Arguments:
+            prefix: What stands in front of the names.
+            recurse: Whether to include those of submodules, which all of them are.
+            remove_duplicate: Whether a shared parameter is named once.
+
+        Yields:
+            Pairs of name and parameter.
+        """
+        # The default would name the base's included parameters too, which never train.
+        for name, part in self.named_children() if recurse else ():
+            stem = f"{prefix}.{name}" if prefix else name
+            yield from part.named_parameters(stem, recurse, remove_duplicate)
+
+
+def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Callable[..., Tensor]:
+    r"""Returns the Pyro model that :class:`ELBO` is the bound of.
+
+    Its sites are those of the weights and `"y"`, in a plate `"data"` of size `num_data`, which
+    scales minibatches to :math:`N`. So the loss of SVI is :math:`N` times that of :class:`ELBO`;
+    with the guide `bnn.exact_kl()` and :class:`pyro.infer.Trace_ELBO`, it is so on each draw. What
+    the likelihood learns are `pyro.param` statements of the same parameters, under the name of the
+    likelihood's class (with a number, if another living likelihood has it).
+
+    Arguments:
+        bnn: The model.
+        likelihood: The likelihood.
+        num_data: The number :math:`N` of examples in the whole training set, not in a batch.
+
+    Returns:
+        A function of `x`, as in :meth:`ELBO.forward`, and of the targets `y`. Without them, it
+        samples targets, as for :class:`pyro.infer.Predictive`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, as a loss function instead of a likelihood.
+        ValueError: If `num_data` is not a positive integer.
+
+    Example:
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro_bayes.likelihoods import Gaussian
+        >>> bnn = BayesianModel(nn.Linear(3, 1))
+        >>> model = svi_model(bnn, Gaussian(0.1, learn=True), num_data=100)
+        >>> guide = bnn.exact_kl(local_trick=True)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+        >>> loss = svi.step(torch.randn(20, 3), torch.randn(20, 1))
+    """
+    _check(bnn, likelihood, num_data)
+
+    def model(x: Any, y: Tensor | None = None) -> Tensor:
+        args, kwargs = _arguments(x)
+        with bnn.lift() as net, _stated(likelihood):
+            output = net(*args, **kwargs)
+            batch_dims = 2 if isinstance(net, Particles) else 1
+            if y is None:
+                distribution = likelihood.distribution(output, batch_dims=batch_dims)
+                size = total = distribution.batch_shape[-1]
+            else:
+                size, total = y.shape[0] if isinstance(y, Tensor) and y.dim() else 1, num_data
+                check_batch(size, num_data)
+            with pyro.plate("data", total, subsample=torch.arange(size)):
+                return likelihood.sample("y", output, y, batch_dims=batch_dims)
+
+    return model
+
+
+@contextmanager
+def _stated(likelihood: Likelihood) -> Iterator[None]:
+    """Makes the `pyro.param` statements of a likelihood, and holds their values in it."""
+    trained = {n: p for n, p in likelihood.named_parameters() if p.requires_grad}
+    if trained and likelihood not in _store_names:
+        _store_names[likelihood] = store.claim(type(likelihood).__name__, likelihood)
+    name = _store_names.get(likelihood)
+    values = {n: store.statement(f"{name}.likelihood.{n}", p) for n, p in trained.items()}
+    with Swap(likelihood, {n: [n] for n in trained})(values):
+        yield
+
+
+def _arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(x, Mapping):
+        return (), x
+    return (x if type(x) is tuple else (x,)), {}  # a named tuple is one argument
+
+
+def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
+    if not isinstance(bnn, BayesianModel):
+        raise TypeError(
+            f"Expected bnn to be a BayesianModel; got {type(bnn).__name__}. Wrap the network first:"
+            " BayesianModel(net)."
+        )
+    if not isinstance(likelihood, Likelihood):
+        name = getattr(likelihood, "__name__", type(likelihood).__name__)
+        if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
+            fix = f"Make one: {name}(…)."
+        else:
+            found = (use for part, use in _LOSSES.items() if part in name.lower())
+            fix = f"Use pyro_bayes.likelihoods.{next(found, 'Gaussian(scale), or another')}."
+        raise TypeError(
+            "Expected likelihood to be a likelihood, which has the log-probability of each"
+            f" example, and not a loss, which may be reduced or scaled; got {name}. {fix}"
+        )
+    if not is_count(num_data):
+        raise ValueError(
+            "Expected num_data to be the number of examples in the whole training set, an integer"
+            f" of at least 1; got {num_data!r}."
+        )

@@ -1,0 +1,238 @@
+"""SVI with the exact KL divergence, and with local noise or flipout."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+from pyro_bayes import BayesianModel
+from pyro_bayes.noise.gaussian_tensor import GaussianTensor
+
+ESTIMATORS = [False, True, "flipout"]
+ELBOS = [Trace_ELBO, TraceMeanField_ELBO]
+N = 30
+every_estimator = pytest.mark.parametrize("local_trick", ESTIMATORS)
+
+
+@pytest.fixture
+def bnn(net):
+    return BayesianModel(net, init_logvar=-2.0, prior_var=0.5, name="bnn")
+
+
+@pytest.fixture
+def model(bnn, data):
+    x, y = data
+
+    def model():
+        with bnn.lift() as net:
+            mean = net(x).squeeze(-1)
+        with pyro.plate("data", N, subsample=x):
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=y.squeeze(-1))
+
+    return model
+
+
+def losses(elbo, model, guide, count):
+    with torch.no_grad():
+        return torch.tensor([elbo.loss(model, guide) for _ in range(count)])
+
+
+@every_estimator
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_divergence_is_exact(bnn, local_trick, elbo):
+    def model():
+        with bnn.lift():
+            pass
+
+    loss = elbo().loss(model, bnn.exact_kl(local_trick))
+    assert loss == pytest.approx(bnn.kl_divergence().item(), rel=1e-6)
+
+
+@every_estimator
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_loss_and_gradients_are_those_of_the_facade(bnn, model, data, local_trick, elbo):
+    x, y = data
+    guide = bnn.exact_kl(local_trick)
+    trained = list(bnn.guide.parameters())
+    torch.manual_seed(3)
+    loss = elbo().differentiable_loss(model, guide)
+    found = torch.autograd.grad(loss, trained)
+    torch.manual_seed(3)
+    with bnn.reparameterize(local_trick) as net:
+        likelihood = dist.Normal(net(x).squeeze(-1), 0.5)
+        nll = -likelihood.log_prob(y.squeeze(-1)).sum() * N / len(x)
+    expected_loss = nll + bnn.kl_divergence()
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(found, torch.autograd.grad(expected_loss, trained))
+
+
+HANDLERS = {
+    "none": lambda f: f,
+    "scale": lambda f: poutine.scale(f, 0.1),
+    "masked": lambda f: poutine.mask(f, torch.tensor(False)),
+}
+
+
+@every_estimator
+@pytest.mark.parametrize("handler", HANDLERS.values(), ids=HANDLERS)
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_expected_loss_is_that_of_the_guide(bnn, model, local_trick, handler, elbo):
+    model = handler(model)
+    ordinary = losses(elbo(), model, handler(bnn.guide), 150)
+    exact = losses(elbo(), model, handler(bnn.exact_kl(local_trick)), 150)
+    error = ((ordinary.var() + exact.var()) / 150).sqrt()
+    assert (ordinary.mean() - exact.mean()).abs() <= 4.5 * error
+
+
+def test_variance_is_lower(bnn, data):
+    def prior():
+        with bnn.lift() as net:
+            pyro.factor("loss", -net(data[0]).square().mean())
+
+    ordinary = losses(Trace_ELBO(), prior, bnn.guide, 300)
+    exact, local = (losses(Trace_ELBO(), prior, bnn.exact_kl(t), 300) for t in (False, True))
+    assert exact.var() < 0.2 * ordinary.var()
+    assert local.var() < exact.var()
+
+
+@every_estimator
+def test_vectorised_particles_have_noise_of_their_own(bnn, model, local_trick):
+    guide = bnn.exact_kl(local_trick)
+    one = losses(Trace_ELBO(), model, guide, 300)
+    elbo = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    many = losses(elbo, model, guide, 60)
+    error = (one.var() / 300 + many.var() / 60).sqrt()
+    assert (one.mean() - many.mean()).abs() <= 4.5 * error
+    assert 0.5 < many.var() * 20 / one.var() < 2
+    loss = elbo.differentiable_loss(model, guide)
+    grads = torch.autograd.grad(loss, list(bnn.guide.parameters()))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
+def test_vectorised_noise_is_fixed_in_a_run(bnn, local_trick):
+    x = torch.randn(4, 3)
+
+    def model():
+        with bnn.lift() as net:
+            first, second = net(x).squeeze(-1), net(x).squeeze(-1)
+        assert torch.equal(first, second)
+        assert first.shape == (5, 4)
+        assert len(first[:, 0].unique()) == 5
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(first, 1.0), obs=torch.zeros(4))
+
+    elbo = Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    elbo.loss(model, bnn.exact_kl(local_trick))
+
+
+@every_estimator
+def test_svi_trains_the_guide(bnn, model, local_trick):
+    guide, adam = bnn.exact_kl(local_trick), pyro.optim.Adam({"lr": 1e-2})
+    before = [p.detach().clone() for p in bnn.guide.parameters()]
+    svi = SVI(model, guide, adam, Trace_ELBO())
+    start = losses(Trace_ELBO(), model, guide, 50).mean()
+    for _ in range(100):
+        svi.step()
+    assert losses(Trace_ELBO(), model, guide, 50).mean() < start
+    assert not any(map(torch.equal, before, bnn.guide.parameters()))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@every_estimator
+def test_predictive_draws_from_the_posterior(bnn, local_trick, parallel):
+    x = torch.randn(4, 3)
+
+    def model():
+        with bnn.lift() as net:
+            mean = net(x).squeeze(-1)
+        with pyro.plate("data", 4):
+            return pyro.sample("y", dist.Normal(mean, 0.01))
+
+    draws = Predictive(model, guide=bnn.exact_kl(local_trick), num_samples=300, parallel=parallel)()
+    ordinary = Predictive(model, guide=bnn.guide, num_samples=300)()
+    assert type(draws["y"]) is torch.Tensor
+    ratio = draws["y"].var(0).mean() / ordinary["y"].var(0).mean()
+    assert 0.6 < ratio < 1.7
+
+
+def test_two_models_of_which_one_is_exact(net):
+    first = BayesianModel(net, name="first", init_logvar=-2.0)
+    second = BayesianModel(nn.Linear(3, 1), name="second", init_logvar=-2.0)
+    exact = first.exact_kl(True)
+
+    def model():
+        with first.lift() as a, second.lift() as b:
+            pyro.factor("f", (a(torch.ones(2, 3)) + b(torch.ones(2, 3))).sum())
+
+    def guide():
+        exact()
+        second.guide()
+
+    def ordinary():
+        first.guide()
+        second.guide()
+
+    found, expected = (losses(Trace_ELBO(), model, g, 400) for g in (guide, ordinary))
+    error = ((found.var() + expected.var()) / 400).sqrt()
+    assert (found.mean() - expected.mean()).abs() <= 4.5 * error
+
+
+def test_sites_are_gaussian_tensors(bnn):
+    trace = poutine.trace(bnn.exact_kl(True)).get_trace()
+    assert set(trace.stochastic_nodes) == set(bnn.guide.sites)
+    value = trace.nodes["bnn.0.weight"]["value"]
+    assert isinstance(value, GaussianTensor)
+    assert value.shape == bnn.base[0].weight.shape
+    fn = trace.nodes["bnn.0.weight"]["fn"]
+    torch.testing.assert_close(fn.log_prob(torch.zeros(8, 3)), expected_density(bnn))
+
+
+def expected_density(bnn):
+    mean, logvar = bnn.guide.posterior()["0.weight"]
+    return torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(torch.zeros(8, 3)).sum()
+
+
+@pytest.mark.parametrize("arguments", [{"local_trick": "yes"}, {"batch_dim": -1}])
+def test_errors_come_at_once(bnn, arguments):
+    with pytest.raises(ValueError, match=r"Expected .*; got"):
+        bnn.exact_kl(**arguments)
+
+
+def test_values_of_a_guide_that_draws_weights_are_draws():
+    bnn, x = BayesianModel(nn.Linear(3, 2), init_logvar=-1.0), torch.randn(4, 3)
+    value = poutine.trace(bnn.exact_kl()).get_trace().nodes["weight"]["value"]
+    assert torch.equal(F.linear(x, value), F.linear(x, value.detach()))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@every_estimator
+def test_predicted_samples_explain_the_predictions(local_trick, parallel):
+    bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-1.0), torch.randn(4, 3)
+
+    def model():
+        with bnn.lift() as net, pyro.plate("data", 4):
+            pyro.deterministic("mean", net(x).squeeze(-1))
+
+    guide = bnn.exact_kl(local_trick)
+    sites = ["weight", "bias", "mean"]
+    predict = Predictive(model, guide=guide, num_samples=7, parallel=parallel, return_sites=sites)
+    samples = {name: value.detach() for name, value in predict().items()}
+    weight, bias = samples["weight"].reshape(7, 3), samples["bias"].reshape(7, 1)
+    torch.testing.assert_close(samples["mean"].reshape(7, 4), weight @ x.T + bias)
+
+
+def test_divergence_has_its_gradient_after_one_without():
+    bnn = BayesianModel(nn.Linear(3, 1))
+    trace = pyro.poutine.trace(bnn.exact_kl()).get_trace()
+    prior = pyro.poutine.replay(bnn.prior, trace)
+    with torch.no_grad():
+        pyro.poutine.trace(prior).get_trace().log_prob_sum()
+    density = pyro.poutine.trace(prior).get_trace().log_prob_sum()
+    torch.testing.assert_close(density, -bnn.kl_divergence())
+    density.backward()
+    torch.testing.assert_close(bnn.guide.means.weight.grad, -bnn.base.weight.detach())
