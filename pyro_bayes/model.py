@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,13 +14,13 @@ from pyro_bayes.base.checks import check_base, is_number
 from pyro_bayes.base.selection import select
 from pyro_bayes.base.swap import undisturbed
 from pyro_bayes.noise.context import context_noise
-from pyro_bayes.noise.tensors import of_posterior
-from pyro_bayes.posterior import fused
-from pyro_bayes.posterior.anchor import Latest
+from pyro_bayes.noise.tensors import held_values
+from pyro_bayes.posterior.draws import draw
+from pyro_bayes.posterior.memory import Leaves
 from pyro_bayes.posterior.summary import Summary, summarize
 from pyro_bayes.prediction.batch_norm import warn_if_stale
 from pyro_bayes.prediction.predict import Prediction, predict
-from pyro_bayes.priors.variance import PriorVar, prior_variances
+from pyro_bayes.priors.variance import PriorVar, PriorVariances, prior_variances, total
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.lift import LiftedModule
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
@@ -62,6 +62,10 @@ class BayesianModel(LiftedModule):
             store, where a name that another living model has gets a number. Two models in one
             Pyro model need names. By default, sites bear the parameters' own names, and the store
             knows the model by its class.
+        leaves: What optimisers see. `"flat"`: all means as one parameter and all log-variances as
+            another, which is fastest. `"named"`: one pair per parameter of the base, for optimisers
+            that look at shapes, per-name arguments of Pyro's optimisers, hooks, and freezing by
+            name. `means` and `logvars` have the parameters' names in either case.
 
     Attributes:
         base: The module.
@@ -95,12 +99,15 @@ class BayesianModel(LiftedModule):
         *,
         prior_var: PriorVar = 1.0,
         name: str | None = None,
+        leaves: Leaves = "flat",
     ) -> None:
         check_base(base, LiftedModule)
         if not is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")
         if name is not None and not (isinstance(name, str) and name):
             raise ValueError(f"Expected name to be a non-empty string or None; got {name!r}.")
+        if leaves not in ("flat", "named"):
+            raise ValueError(f"Expected leaves to be 'flat' or 'named'; got {leaves!r}.")
 
         choices = select(base, include_params, exclude_params)
         parameters = dict(base.named_parameters())
@@ -114,11 +121,11 @@ class BayesianModel(LiftedModule):
             init_logvar=float(init_logvar),
             store_name=name or type(self).__name__,
             site_prefix=name or "",
+            leaves=leaves,
         )
         super().__init__(base, prior, guide, choices)
         variances.follow(guide.posterior)
-        self._init_logvar, self._prior_variances = float(init_logvar), variances
-        self._latest = Latest()
+        self.init_logvar = float(init_logvar)
 
     # Draws
 
@@ -137,7 +144,11 @@ class BayesianModel(LiftedModule):
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
-        return fused.draws(self._guide.posterior())
+        return {
+            name: value
+            for flat in self._guide.flats()
+            for name, value in zip(flat.layout.names, draw(flat).outputs, strict=True)
+        }
 
     def sample_model(self) -> nn.Module:
         """Returns a standalone copy of the base with parameters sampled from the posterior.
@@ -156,9 +167,9 @@ class BayesianModel(LiftedModule):
             >>> bnn.sample_model()
             Linear(in_features=3, out_features=1, bias=True)
         """
-        with self._lock(), torch.no_grad():
+        with self.lock(), torch.no_grad():
             draws = self.sample_params()
-            model = self._swap.copy()
+            model = self.swap.copy()
             parameters = dict(model.named_parameters())
             for name, draw in draws.items():
                 parameters[name].copy_(draw)
@@ -231,16 +242,41 @@ class BayesianModel(LiftedModule):
             True
         """
         noise = context_noise(local_trick, batch_dim)
-        with self._lock():
-            posterior = self._guide.posterior()
-            values: Mapping[str, Tensor]
-            if noise.estimator == "weights":
-                values, anchor = fused.outputs_and_anchor("draws", posterior)
-            else:
-                values, anchor = of_posterior(posterior, noise)
-            self._latest.put(anchor, self._swap.originals)
-            with self._hold(values) as base:
+        with self.lock():
+            values, _ = held_values(self._guide.flats(), noise)
+            with self.hold(values) as base:
                 yield base
+
+    @contextmanager
+    def reparameterize_with_kl(
+        self, local_trick: bool | Literal["flipout"] = False, *, batch_dim: int = 0
+    ) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Reparameterizes the base, and computes the KL divergence in the same pass.
+
+        It is :meth:`reparameterize` and :meth:`kl_divergence` in one call, which takes less time.
+
+        Arguments:
+            local_trick: The estimator, as in :meth:`reparameterize`.
+            batch_dim: The dimension of inputs that counts examples, likewise.
+
+        Yields:
+            The reparameterized base, and the divergence from the model's prior in nats.
+
+        Raises:
+            ValueError: As in :meth:`reparameterize`.
+            RuntimeError: As in :meth:`reparameterize`.
+
+        Example:
+            >>> bnn, x, y, dataset_size = BayesianModel(nn.Linear(3, 1)), *torch.randn(2, 5, 3), 100
+            >>> with bnn.reparameterize_with_kl() as (model, kl):
+            ...     nll = nn.functional.mse_loss(model(x), y[:, :1])
+            >>> loss = nll + kl / dataset_size
+        """
+        noise = context_noise(local_trick, batch_dim)
+        with self.lock():
+            values, numbers = held_values(self._guide.flats(), noise, self._guide.variances)
+            with self.hold(values) as base:
+                yield base, total(numbers)
 
     def predict(
         self,
@@ -344,11 +380,31 @@ class BayesianModel(LiftedModule):
             >>> bnn.kl_divergence()
             tensor(0., grad_fn=<...>)
         """
-        posterior, variances = self._guide.posterior(), self._prior_variances
-        if prior_var is not None:
-            shapes = {name: mean.shape for name, (mean, _) in posterior.items()}
-            variances = prior_variances(prior_var, self._choices, shapes)
-        return variances.kl_divergence(posterior, self._latest.take(self._swap.originals))
+        return self._variances(prior_var).kl_divergence(self._guide.flats())
+
+    def kl_divergences(self, prior_var: PriorVar | None = None) -> dict[str, Tensor]:
+        """Computes the KL divergence of each parameter, whose sum is :meth:`kl_divergence`.
+
+        Arguments:
+            prior_var: The variance of the prior, as in :meth:`kl_divergence`.
+
+        Returns:
+            The divergences in nats by the names of parameters.
+
+        Raises:
+            ValueError: As in :meth:`kl_divergence`.
+
+        Example:
+            >>> list(BayesianModel(nn.Linear(3, 1)).kl_divergences())
+            ['weight', 'bias']
+        """
+        return self._variances(prior_var).kl_divergences(self._guide.flats())
+
+    def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
+        if prior_var is None:
+            return self._guide.variances
+        shapes = {name: mean.shape for name, (mean, _) in self._guide.posterior().items()}
+        return prior_variances(prior_var, self.choices, shapes)
 
     def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
         r"""Prints a table of the parameters.
@@ -384,12 +440,8 @@ class BayesianModel(LiftedModule):
             noise = context_noise(local_trick, batch_dim)
             uses = noise.uses = {}
             call = args[0] if callable(args[0]) else lambda base: base(*args)
-            with self._lock(), undisturbed(self._base), torch.enable_grad():
-                values, _ = of_posterior(self._guide.posterior(), noise)
-                with self._hold(values) as base:
+            with self.lock(), undisturbed(self._base), torch.enable_grad():
+                values, _ = held_values(self._guide.flats(), noise)
+                with self.hold(values) as base:
                     call(base)
-        return summarize(self, self._prior_variances, uses)
-
-    def _replaced(self) -> None:
-        self._latest.put(None, {})  # conversions leave no trace
-        super()._replaced()
+        return summarize(self, self._guide.variances, uses)

@@ -109,6 +109,11 @@ class Swap:
             )
 
     @property
+    def module(self) -> nn.Module:
+        """The module."""
+        return self._module
+
+    @property
     def originals(self) -> dict[str, nn.Parameter]:
         """The module's own parameters by first name."""
         return self._originals

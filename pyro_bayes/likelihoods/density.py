@@ -68,13 +68,13 @@ class Density(Likelihood):
                 f" {type(x).__name__}. Predict batch by batch."
             )
         source = torch.default_generator if generator is None else generator
-        state, versions = source.get_state(), bnn._versions()
+        state, fingerprint = source.get_state(), bnn.fingerprint()
         seed = int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
 
         def evaluate(
             function: Callable[[Distribution], Any], draws: int = num_samples, *, samples: bool
         ) -> Any:
-            if bnn._versions() != versions:
+            if bnn.fingerprint() != fingerprint:
                 raise RuntimeError(
                     "Expected the model as it was when predictive() was called; got one that has"
                     " changed since. A density is evaluated when asked for: call it again."

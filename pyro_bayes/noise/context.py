@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class ContextNoise:
         """What became of each parameter by name, if somebody wants to know."""
         self._level = _level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
-        self.divergences: Callable[[float], Mapping[str, Tensor]] | None = None
-        """Returns the divergences of all parameters for a prior variance, if it is given."""
+        self.divergence: Callable[[str, Any], Tensor] | None = None
+        """Returns the divergence of a parameter by name, for the variances of the prior."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}
         self._sharing: dict[tuple[str, ...], tuple[str, ...]] = {}
 

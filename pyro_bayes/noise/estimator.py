@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.torch_private import is_transformed as transformed
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
     change_of,
@@ -18,7 +19,6 @@ from pyro_bayes.noise.gaussian_tensor import (
     variance_of,
 )
 from pyro_bayes.noise.local import LocalNoise, Map, Slopes
-from pyro_bayes.posterior.flat import transformed
 
 _WHOLE = (None, None)
 

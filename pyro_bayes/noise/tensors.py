@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from pyro_bayes.noise.context import ContextNoise, Estimator
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, Moment
-from pyro_bayes.posterior import fused
-from pyro_bayes.posterior.anchor import Anchor, Serves
-from pyro_bayes.posterior.slopes import Kind
+from pyro_bayes.posterior.draws import Drawn, Flat, draw
+from pyro_bayes.posterior.passes import Kind, Number
+from pyro_bayes.priors.variance import PriorVariances
 
 _KINDS: dict[Estimator, tuple[Kind, Moment]] = {
     "weights": ("draws", "draw"),
@@ -19,20 +19,62 @@ _KINDS: dict[Estimator, tuple[Kind, Moment]] = {
 }
 
 
-def of_posterior(
-    posterior: Mapping[str, tuple[Tensor, Tensor]], noise: ContextNoise, serves: Serves = "all"
-) -> tuple[dict[str, GaussianTensor], Anchor | None]:
-    r"""Returns the Gaussian tensors of a posterior, and an anchor for its divergence.
+def gaussian_tensors(
+    posterior: Sequence[Flat],
+    noise: ContextNoise,
+    variances: PriorVariances | None = None,
+    number: Number = "divergence",
+) -> tuple[dict[str, GaussianTensor], list[Tensor]]:
+    r"""Returns the Gaussian tensors of a posterior, and what was computed in the same pass.
 
     Arguments:
-        posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
+        posterior: The parameters of each dtype and device.
         noise: The noise of the context.
-        serves: Whether the anchor serves the divergence of all parameters or that of each.
+        variances: The variances of the prior, if divergences are wanted.
+        number: Which divergences.
+
+    Returns:
+        The tensors by name, and the number or numbers of each dtype and device, if wanted.
     """
     kind, moment = _KINDS[noise.estimator]
-    found, anchor = fused.outputs_and_anchor(kind, posterior, serves)
-    values = {
-        name: GaussianTensor.of(*q, name, noise, {moment: found[name]} if name in found else None)
-        for name, q in posterior.items()
-    }
-    return values, anchor
+    values: dict[str, GaussianTensor] = {}
+    numbers: list[Tensor] = []
+    for flat in posterior:
+        drawn = _drawn(flat, kind, variances, number)
+        means = drawn.means or flat.layout.split(flat.mean)
+        logvars = flat.layout.split(flat.logvar)
+        for name, mean, logvar, value in zip(
+            flat.layout.names, means, logvars, drawn.outputs, strict=True
+        ):
+            values[name] = GaussianTensor.of(mean, logvar, name, noise, {moment: value})
+        if drawn.number is not None:
+            numbers.append(drawn.number)
+    return values, numbers
+
+
+def held_values(
+    posterior: Sequence[Flat], noise: ContextNoise, variances: PriorVariances | None = None
+) -> tuple[Mapping[str, Tensor], list[Tensor]]:
+    """Returns what a base holds in the place of its parameters: draws, or Gaussian tensors.
+
+    Arguments:
+        posterior: The parameters of each dtype and device.
+        noise: The noise of the context.
+        variances: The variances of the prior, if the divergence is wanted.
+
+    Returns:
+        The values by name, and the divergence of each dtype and device, if wanted.
+    """
+    if noise.estimator != "weights":
+        return gaussian_tensors(posterior, noise, variances)
+    drawn = [_drawn(flat, "draws", variances, "divergence") for flat in posterior]
+    values: dict[str, Tensor] = {}
+    for flat, (_, outputs, _) in zip(posterior, drawn, strict=True):
+        values.update(zip(flat.layout.names, outputs, strict=True))
+    return values, [d.number for d in drawn if d.number is not None]
+
+
+def _drawn(flat: Flat, kind: Kind, variances: PriorVariances | None, number: Number) -> Drawn:
+    if variances is None:
+        return draw(flat, kind)
+    return draw(flat, kind, number, variances.precision(flat))

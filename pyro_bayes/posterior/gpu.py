@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -11,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 
-def kernels(means: Sequence[Tensor], logvars: Sequence[Tensor]) -> ModuleType | None:
-    """Returns the module `pyro_bayes.posterior.kernels` if it can serve parameters, or else `None`.
+def kernels(mean: Tensor) -> ModuleType | None:
+    """Returns the module `pyro_bayes.posterior.kernels` if it can serve parameters, or `None`.
 
     Arguments:
-        means: The means, contiguous, of one device and one floating-point type.
-        logvars: The log-variances.
+        mean: The means, a flat tensor.
     """
-    first = means[0]
-    if not first.is_cuda or first.dtype != torch.float32:
+    if not mean.is_cuda or mean.dtype != torch.float32:
         return None
-    if not all([logvar.is_contiguous() for logvar in logvars]):
-        return None
-    # Of other classes, as those that only pretend to have memory, no address is known.
-    return _kernels(first.device) if type(first) in (Tensor, nn.Parameter) else None
+    # Other subclasses of tensors may have no memory.
+    plain = type(mean) is Tensor or isinstance(mean, nn.Parameter)
+    return _kernels(mean.device) if plain else None
 
 
 @lru_cache
@@ -34,7 +30,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
     except ImportError:  # PyTorch brings Triton where it has a release for the system
         return None
     try:
-        kernels.divergences([torch.ones(1, device=device)], [torch.ones(1, device=device)], 1.0)
+        kernels.divergence_terms(torch.ones(1, device=device), torch.ones(1, device=device), 1.0)
     except Exception as error:
         if torch.cuda.is_current_stream_capturing():
             raise  # which says nothing of Triton

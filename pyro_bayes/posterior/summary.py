@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyro_bayes.base.tables import print_table
 from pyro_bayes.priors.variance import PriorVariances
-from pyro_bayes.pyro_bridge.module import TiedModule
+from pyro_bayes.pyro_bridge.module import PosteriorModule
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Summary:
 
 
 def summarize(
-    model: TiedModule, variances: PriorVariances, uses: Mapping[str, Sequence[str]] | None
+    model: PosteriorModule, variances: PriorVariances, uses: Mapping[str, Sequence[str]] | None
 ) -> Summary:
     r"""Prints a table of a model's parameters, and returns it.
 
@@ -84,9 +84,9 @@ def summarize(
     """
     posterior = model.guide.posterior()
     rows = []
-    for choice in model._choices:
+    for choice in model.choices:
         signal, noise = None, None if uses is None else "deterministic"
-        parameter = model._swap.originals[choice.name]
+        parameter = model.swap.originals[choice.name]
         prior = "none, trains" if parameter.requires_grad else "none, fixed"
         if choice.included:
             mean, logvar = (p.detach() for p in posterior[choice.name])
@@ -97,7 +97,7 @@ def summarize(
         shape = tuple(parameter.shape)
         rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
     count = sum(math.prod(row.shape) for row in rows if row.included)
-    title = f"{type(model).__name__} of {type(model._base).__name__}"
+    title = f"{type(model).__name__} of {type(model.swap.module).__name__}"
     found = f"{count} Bayesian parameters, '{model.guide.store_name}' in the param store"
     summary = Summary(f"{title}: {found}", rows)
     summary.print()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+from pyro_bayes.base.normalization import batch_norms
 
 if TYPE_CHECKING:
     from pyro_bayes.model import BayesianModel
-    from pyro_bayes.pyro_bridge.module import TiedModule
-
-Stamp: TypeAlias = tuple[int, ...]
-
-_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+    from pyro_bayes.pyro_bridge.module import PosteriorModule
 
 
 def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
@@ -52,7 +49,7 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
     """
     from pyro_bayes.prediction.predict import batches
 
-    norms = _norms(bnn)
+    norms = batch_norms(bnn.base)
     if not norms:
         return
     before = [
@@ -85,24 +82,10 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
     finally:
         for norm, (momentum, _) in zip(norms, before, strict=True):
             norm.momentum = momentum
-    bnn._stamp = stamp(bnn)
+    bnn.statistics_of = bnn.batch_norm_fingerprint()
 
 
-def stamp(model: TiedModule) -> Stamp:
-    """Returns what differs after a parameter or a statistic has changed.
-
-    Optimisers that are fused do not count their changes, but training does count batches.
-
-    Arguments:
-        model: The model.
-    """
-    norms = _norms(model)
-    if not norms:
-        return ()
-    return model._versions() + tuple(int(norm.num_batches_tracked) for norm in norms)
-
-
-def warn_if_stale(model: TiedModule) -> None:
+def warn_if_stale(model: PosteriorModule) -> None:
     """Warns if a batch norm is about to use statistics of other parameters.
 
     Arguments:
@@ -111,15 +94,13 @@ def warn_if_stale(model: TiedModule) -> None:
     Warns:
         UserWarning: If so.
     """
-    if any(not norm.training for norm in _norms(model)) and model._stamp != stamp(model):
+    norms = batch_norms(model.swap.module)
+    if not any(not norm.training for norm in norms):
+        return
+    if model.statistics_of != model.batch_norm_fingerprint():
         warnings.warn(
             "Expected batch norms whose running statistics belong to the posterior; got some from"
             " before it last changed. Call"
             " `pyro_bayes.prediction.batch_norm.update_batch_norm(bnn, loader)` after training.",
             stacklevel=3,
         )
-
-
-def _norms(model: TiedModule) -> list[Any]:
-    modules = model._base.modules()
-    return [m for m in modules if isinstance(m, _NORMS) and m.running_mean is not None]

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from pyro_bayes.posterior.draws import WeightDraws
+from pyro_bayes.posterior.sampling import WeightDraws
 from pyro_bayes.prediction.statistics import Result, Tally, joined
-from pyro_bayes.pyro_bridge.module import TiedModule
+from pyro_bayes.pyro_bridge.module import PosteriorModule
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -65,7 +65,7 @@ class Prediction:
 
 
 def predict(
-    model: TiedModule,
+    model: PosteriorModule,
     x: Any,
     num_samples: int,
     statistics: str | Sequence[str],
@@ -87,8 +87,8 @@ def predict(
     tally = partial(Tally, total=num_samples, keys=(*names, *levels))
     total = num_samples * (1 if call else operator.length_hint(x)) or None
     bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
-    with model._lock(), torch.no_grad(), bar:
-        draws = WeightDraws(model._guide.posterior(), num_samples, seed, again=call is None)
+    with model.lock(), torch.no_grad(), bar:
+        draws = WeightDraws(model.guide.flats(), num_samples, seed, again=call is None)
         run = _Run(model, draws, tally, chunk_size)
         run.bar = bar if progress else None
         run.kind = _kind(x) if function is None else None
@@ -162,9 +162,9 @@ class _Run:
     kind: Any = None
 
     def __init__(
-        self, model: TiedModule, draws: WeightDraws, tally: Function, size: int | None
+        self, model: PosteriorModule, draws: WeightDraws, tally: Function, size: int | None
     ) -> None:
-        self._model, self._base, self._draws = model, model._base, draws
+        self._model, self._base, self._draws = model, model.swap.module, draws
         self._tally, self._chunk_size, self._failed = tally, size, False
         self._buffers = [
             (module, key, buffer, buffer.clone())
@@ -220,7 +220,7 @@ class _Run:
 
     def _evaluate(self, call: Function, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         try:
-            with self._model._hold(values) as base:
+            with self._model.hold(values) as base:
                 leaves, spec = tree_flatten(call(base))
             found = spec, [isinstance(leaf, Tensor) for leaf in leaves]
             if self._structure is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from pyro_bayes.base.checks import check_prior_var
 from pyro_bayes.base.selection import Choice, first_matches
-from pyro_bayes.posterior import fused, gaussian
-from pyro_bayes.posterior.anchor import Anchor, Posterior
-from pyro_bayes.posterior.flat import transformed
+from pyro_bayes.posterior.draws import Flat, Precision, divergence
+from pyro_bayes.posterior.layout import Layout
 
 PriorVar: TypeAlias = "float | str | Empirical | Mapping[str, float | str | Empirical]"
 """What a user may give as a variance of the prior."""
@@ -99,44 +99,9 @@ class Empirical:
         average = moments.mean(summed, keepdim=bool(kept)) if summed else moments
         return average.clamp_min(torch.finfo(average.dtype).tiny)
 
-    def kl_divergence(self, mean: Tensor, logvar: Tensor) -> Tensor:
-        """Computes the divergence, summed.
-
-        Arguments:
-            mean: The means.
-            logvar: The log-variances, of the same shape.
-
-        Returns:
-            A 0-dim tensor, in nats.
-
-        Example:
-            >>> Empirical().kl_divergence(torch.ones(3), torch.zeros(3))  # 3 / 2 · log 2
-            tensor(1.0397)
-        """
-        if transformed() or mean.dtype.itemsize < 4:
-            return gaussian.kl_divergence(mean, logvar, self.variance(mean, logvar))
-        divergence: Tensor = _Divergence.apply(self, mean, logvar)
-        return divergence
-
     @property
     def _dims(self) -> tuple[int, ...]:
         return self.each if isinstance(self.each, tuple) else (self.each,)
-
-
-class _Divergence(torch.autograd.Function):
-    """The divergence from an empirical prior, whose gradient is that at a fixed variance."""
-
-    @staticmethod
-    def forward(ctx: Any, empirical: Empirical, mean: Tensor, logvar: Tensor) -> Tensor:
-        ctx.empirical = empirical
-        ctx.save_for_backward(mean, logvar)
-        return gaussian.kl_divergence(mean, logvar, empirical.variance(mean, logvar))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        mean, logvar = ctx.saved_tensors
-        by = grad / ctx.empirical.variance(mean, logvar)  # differentiable, for second derivatives
-        return None, by * mean, 0.5 * torch.addcmul(-grad, by, logvar.exp())
 
 
 class PriorVariances:
@@ -155,12 +120,10 @@ class PriorVariances:
 
     def __init__(self, rules: Mapping[str, float | Empirical]) -> None:
         self.rules = dict(rules)
-        self._posterior: Callable[[], Posterior] | None = None
-        numbers = set(self.rules.values())
-        only = next(iter(numbers))
-        self._number = only if len(numbers) == 1 and not isinstance(only, Empirical) else None
+        self._posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+        self._precisions: dict[Any, Tensor] = {}
 
-    def follow(self, posterior: Callable[[], Posterior]) -> None:
+    def follow(self, posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]]) -> None:
         r"""Tells empirical variances what to follow. Before, they are 1.
 
         Arguments:
@@ -177,30 +140,61 @@ class PriorVariances:
             return rule
         return 1.0 if self._posterior is None else rule.variance(*self._posterior()[name])
 
-    def kl_divergence(self, posterior: Posterior, anchor: Anchor | None = None) -> Tensor:
+    def precision(self, posterior: Flat) -> Precision:
+        r"""Returns :math:`1 / \sigma_p^2` of a posterior's elements, or what computes it.
+
+        Arguments:
+            posterior: The parameters of one dtype and device.
+
+        Returns:
+            A number if all have the same; a flat tensor if they are fixed; and else a function of
+            the means and the log-variances that returns one.
+        """
+        layout, mean, _ = posterior
+        rules = [self.rules[name] for name in layout.names]
+        if any(isinstance(rule, Empirical) for rule in rules):
+            return partial(self._by_posterior, layout)
+        if len(set(rules)) == 1:
+            return 1 / rules[0]  # type: ignore[operator]
+        key = (layout, mean.dtype, mean.device)
+        if key not in self._precisions:
+            numbers = torch.tensor(rules, dtype=torch.double).reciprocal().to(mean)
+            self._precisions[key] = layout.spread(numbers)
+        return self._precisions[key]
+
+    def _by_posterior(self, layout: Layout, mean: Tensor, logvar: Tensor) -> Tensor:
+        pairs = zip(layout.split(mean), layout.split(logvar), strict=True)
+        precisions = []
+        for name, (m, v) in zip(layout.names, pairs, strict=True):
+            rule = self.rules[name]
+            if isinstance(rule, Empirical):
+                precisions.append(rule.variance(m, v).reciprocal().expand(m.shape))
+            else:
+                precisions.append(m.new_full((), 1 / rule).expand(m.shape))
+        return layout.flatten(precisions)
+
+    def kl_divergence(self, posterior: Sequence[Flat]) -> Tensor:
         r"""Computes :math:`D_{KL}(q \| p)`, summed over all parameters.
 
         Arguments:
-            posterior: The means :math:`\mu` and :math:`\log \sigma^2` by name.
-            anchor: Where its gradient can go, if there are draws from the posterior.
+            posterior: The parameters of each dtype and device.
 
         Returns:
             A 0-dim tensor, in nats.
         """
-        if self._number is not None:
-            return fused.kl_divergence(posterior, self._number, anchor)
-        terms = [fused.kl_divergence(part, value) for value, part in self._fixed(posterior)]
-        terms += self._empirical(posterior).values()
-        total: Tensor = sum(term.to(terms[0].device) for term in terms)  # type: ignore[assignment]
-        dtypes = {mean.dtype for mean, _ in posterior.values()}
-        return total.to(dtypes.pop()) if len(dtypes) == 1 else total
+        return total([divergence(flat, self.precision(flat)) for flat in posterior])
 
-    def kl_divergences(self, posterior: Posterior) -> dict[str, Tensor]:
+    def kl_divergences(self, posterior: Sequence[Flat]) -> dict[str, Tensor]:
         r"""Computes :math:`D_{KL}(q \| p)` of each parameter by name."""
-        found = self._empirical(posterior)
-        for value, part in self._fixed(posterior):
-            found |= fused.kl_divergences(part, value)
-        return {name: found[name] for name in posterior}
+        return {
+            name: number
+            for flat in posterior
+            for name, number in zip(
+                flat.layout.names,
+                divergence(flat, self.precision(flat), "divergences").unbind(),
+                strict=True,
+            )
+        }
 
     def describe(self, name: str) -> str:
         """Says what the prior of a parameter is, in few characters."""
@@ -215,18 +209,16 @@ class PriorVariances:
         rules = set(self.rules.values())
         return str(rules.pop()) if len(rules) == 1 else str(self.rules)
 
-    def _fixed(self, posterior: Posterior) -> Iterator[tuple[float, Posterior]]:
-        """The parameters of each number."""
-        parts: dict[float, dict[str, tuple[Tensor, Tensor]]] = {}
-        for name, pair in posterior.items():
-            rule = self.rules[name]
-            if not isinstance(rule, Empirical):
-                parts.setdefault(rule, {})[name] = pair
-        return iter(parts.items())
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), _precisions={})
 
-    def _empirical(self, posterior: Posterior) -> dict[str, Tensor]:
-        rules = ((name, self.rules[name]) for name in posterior)
-        return {n: r.kl_divergence(*posterior[n]) for n, r in rules if isinstance(r, Empirical)}
+
+def total(divergences: Sequence[Tensor]) -> Tensor:
+    """Returns the sum of divergences, on the first one's device and in the widest precision."""
+    first, *rest = divergences
+    for term in rest:
+        first = first + term.to(first.device)
+    return first
 
 
 def prior_variances(prior_var: Any, choices: Sequence[Choice], shapes: Any) -> PriorVariances:

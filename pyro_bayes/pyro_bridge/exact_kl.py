@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import pyro
-import torch
 
 from pyro_bayes.noise.context import ContextNoise
-from pyro_bayes.noise.tensors import of_posterior
-from pyro_bayes.posterior import fused
+from pyro_bayes.noise.tensors import gaussian_tensors
 from pyro_bayes.pyro_bridge.guide import MeanField
+from pyro_bayes.pyro_bridge.joint import Joint
 from pyro_bayes.pyro_bridge.prior import distinct_sites
 from pyro_bayes.pyro_bridge.site import Posterior
 
@@ -49,14 +47,15 @@ class ExactKL:
             The Gaussian tensor of each site by the name of the site.
         """
         noise = self._noise.fresh()
-        values = {}
         with distinct_sites():
-            sites = self._guide.sites
-            posterior = {name: self._guide.statements(site) for site, name in sites.items()}
-            gaussians, anchor = of_posterior(posterior, noise, "each")
-            # What was computed without a gradient does not serve where one is wanted.
-            known = lru_cache(lambda variance, _: fused.kl_divergences(posterior, variance, anchor))
-            noise.divergences = lambda variance: known(variance, torch.is_grad_enabled())
-            for site, name in sites.items():
-                values[site] = pyro.sample(site, Posterior(*posterior[name], gaussians[name]))
-        return values
+            posterior = self._guide.statements()
+            joint, variances = Joint(posterior), self._guide.variances
+            gaussians, numbers = gaussian_tensors(posterior, noise, variances, "divergences")
+            names = [name for flat in posterior for name in flat.layout.names]
+            divergences = [number for each in numbers for number in each.unbind()]
+            joint.note(variances, dict(zip(names, divergences, strict=True)))
+            noise.divergence = joint.divergence
+            return {
+                site: pyro.sample(site, Posterior(joint, name, gaussians[name]))
+                for site, name in self._guide.sites.items()
+            }

@@ -12,12 +12,12 @@ from pyro_bayes.noise.context import context_noise
 from pyro_bayes.noise.gaussian_tensor import drawn
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.exact_kl import ExactKL
-from pyro_bayes.pyro_bridge.module import TiedModule
+from pyro_bayes.pyro_bridge.module import PosteriorModule
 from pyro_bayes.pyro_bridge.particles import LiftMessenger, Particles, stack
 from pyro_bayes.pyro_bridge.prior import distinct_sites
 
 
-class LiftedModule(TiedModule):
+class LiftedModule(PosteriorModule):
     """A base, its prior and its guide, with the calls that a Pyro model needs."""
 
     @contextmanager
@@ -60,19 +60,19 @@ class LiftedModule(TiedModule):
             >>> svi = SVI(model, bnn.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
             >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
         """
-        with self._lock(), LiftMessenger(self._guide.sites) as messenger:
+        with self.lock(), LiftMessenger(self._guide.sites) as messenger:
             with distinct_sites():
                 values = self._prior()
             for site in messenger.observed:
                 values[self._guide.sites[site]] = drawn(values[self._guide.sites[site]])
             for name, parameter in self._deterministic().items():
                 values[name] = store.statement(self._store_key(name), parameter)
-            values, batched = stack(values, self._swap.originals)
+            values, batched = stack(values, self.swap.originals)
             if batched:
                 depth = messenger.depth or 0
-                yield Particles(self._base, self._swap, values, batched, depth, event_dim)
+                yield Particles(self._base, self.swap, values, batched, depth, event_dim)
             else:
-                with self._hold(values) as base:
+                with self.hold(values) as base:
                     yield base
 
     def exact_kl(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-import weakref
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bayes.base import ownership
+from pyro_bayes.base.normalization import batch_norms
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
-from pyro_bayes.prediction.batch_norm import Stamp, stamp
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
@@ -24,20 +25,10 @@ from pyro_bayes.pyro_bridge.prior import GaussianPrior
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-class _Tie(NamedTuple):
-    """Which model a parameter of a base belongs to, and what that changed."""
-
-    parameter: weakref.ref[nn.Parameter]
-    owner: weakref.ref[TiedModule]
-    shares: bool  # whether it shares its storage with the means
-    frozen: bool  # whether it trained before
+Fingerprint: TypeAlias = tuple[float, ...]
 
 
-_ties: dict[int, _Tie] = {}
-
-
-class TiedModule(PyroModule):
+class PosteriorModule(PyroModule):
     r"""A base, its prior and its guide, as one module.
 
     The base's included parameters share their storage with the means and do not train themselves.
@@ -61,7 +52,7 @@ class TiedModule(PyroModule):
         self, base: nn.Module, prior: GaussianPrior, guide: MeanField, choices: Sequence[Choice]
     ) -> None:
         super().__init__()
-        self._choices = tuple(choices)
+        self.choices = tuple(choices)
         self._trained: set[str] = set()
         # `PyroModule.add_module` would rename the prior's sites after the attribute.
         for key, module in {"base": base, "prior": prior, "guide": guide}.items():
@@ -75,17 +66,19 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
-        self._stamp: Stamp | None = stamp(self)
+        self.statistics_of: Fingerprint | None = self.batch_norm_fingerprint()
 
     @property
     def means(self) -> nn.Module:
         r"""The posterior means :math:`\mu`, a module with the parameters' own names."""
-        return self.guide.locs
+        self._pull()
+        return self._guide.memory.means
 
     @property
     def logvars(self) -> nn.Module:
         r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
-        return self.guide.logvars
+        self._pull()
+        return self._guide.memory.logvars
 
     @contextmanager
     def mean(self) -> Iterator[nn.Module]:
@@ -102,9 +95,15 @@ class TiedModule(PyroModule):
             >>> with bnn.mean() as net:
             ...     prediction = net(x)
         """
-        with self._lock():
-            base = self.base
-            with self._hold(dict(self._swap.originals)):
+        with self.lock():
+            self._pull()
+            values: dict[str, Tensor] = dict(self.swap.originals)
+            if not self._is_owner():
+                memory = self._guide.memory
+                values |= {c.name: memory.mean(c.name) for c in self.choices if c.included}
+            else:
+                self._tie()
+            with self.hold(values) as base:
                 yield base
 
     def named_parameters(
@@ -129,8 +128,8 @@ class TiedModule(PyroModule):
         stem = f"{prefix}.base." if prefix else "base."
         # Inside a context, other tensors stand in the base.
         own = {
-            stem + name: None if c.included else self._swap.originals[c.name]
-            for c in self._choices
+            stem + name: None if c.included else self.swap.originals[c.name]
+            for c in self.choices
             for name in (c.name, *c.aliases)
         }
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
@@ -142,14 +141,15 @@ class TiedModule(PyroModule):
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             # Read past PyroModule, which would make a `pyro.module` statement of the base.
-            if "_swap" in self.__dict__:
+            if name == "base" and "swap" in self.__dict__:
                 self._pull()
                 self._tie()
+                self._warn_of_new_owner()
             return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_swap" not in self.__dict__ or name.startswith("__"):
+            if "swap" not in self.__dict__ or name.startswith("__"):
                 raise
         try:
             return getattr(modules["base"], name)
@@ -181,42 +181,48 @@ class TiedModule(PyroModule):
 
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced."""
-        self._swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self._choices})
+        self.swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self.choices})
 
     def _tie(self) -> None:
-        """Lets the base's included parameters share the storage of the means, if they are ours."""
-        originals = self._swap.originals
-        for name, mean in self._guide.locs.named_parameters():
-            original = originals[name]
-            if original.data_ptr() != mean.data_ptr() and _ties[id(original)].owner() is self:
-                original.data = mean.data
-
-    def _claim(self, choice: Choice) -> None:
-        """Makes the model the one that a parameter of the base belongs to."""
-        original = self._swap.originals[choice.name]
-        self._trained |= {choice.name} if original.requires_grad else set()
-        reference = weakref.ref(original, partial(_forget, id(original)))
-        frozen = choice.included and choice.name in self._trained
-        _ties[id(original)] = _Tie(reference, weakref.ref(self), choice.included, frozen)
-        if choice.included:
-            original.requires_grad_(False)
+        """Lets the base's included parameters share the memory of the means, if they are ours."""
+        originals, memory = self.swap.originals, self._guide.memory
+        for choice in self.choices:
+            if choice.included:
+                original, mean = originals[choice.name], memory.mean(choice.name)
+                moved = original.data_ptr() != mean.data_ptr() or original.shape != mean.shape
+                if moved and ownership.is_owner(self._guide, original):
+                    original.data = mean
 
     def _take_over(self) -> None:
-        """Releases the base's parameters from a former model, and claims them."""
-        for choice in self._choices:
-            original = self._swap.originals[choice.name]
-            former = _ties.pop(id(original), None)
-            if former is not None and former.frozen:
-                original.requires_grad_()
-            if former is not None and former.shares:
-                original.data = original.data.clone()
-            self._claim(choice)
+        """Claims the base's parameters, from a former model if there is one."""
+        names = {id(original): name for name, original in self.swap.originals.items()}
+        trained = ownership.claim(
+            self._guide,
+            [
+                (self.swap.originals[c.name], c.included, c.name in self._trained)
+                for c in self.choices
+            ],
+        )
+        self._trained |= {names[id(parameter)] for parameter in trained}
         self._tie()
+
+    def _is_owner(self) -> bool:
+        originals = self.swap.originals
+        included = (originals[c.name] for c in self.choices if c.included)
+        return all([ownership.is_owner(self._guide, original) for original in included])
+
+    def _warn_of_new_owner(self) -> None:
+        if not self._is_owner():
+            warnings.warn(
+                "Expected `base` to be the network of this model's posterior means; got one that a"
+                " later model has taken over. Use `with bnn.mean() as net:` instead.",
+                stacklevel=3,
+            )
 
     def _deterministic(self) -> dict[str, nn.Parameter]:
         """Returns the excluded parameters that train, by name."""
-        originals = self._swap.originals
-        excluded = (c.name for c in self._choices if not c.included)
+        originals = self.swap.originals
+        excluded = (c.name for c in self.choices if not c.included)
         return {name: originals[name] for name in excluded if originals[name].requires_grad}
 
     def _store_key(self, name: str) -> str:
@@ -225,41 +231,62 @@ class TiedModule(PyroModule):
     def _stored(self) -> dict[str, nn.Parameter]:
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
-    def _versions(self) -> tuple[int, ...]:
-        """Returns torch's counts of changes in place of each parameter."""
-        posterior = (p for pair in self._guide.posterior().values() for p in pair)
-        excluded = (self._swap.originals[c.name] for c in self._choices if not c.included)
-        return tuple(parameter._version for parameter in (*posterior, *excluded))
+    def fingerprint(self) -> Fingerprint:
+        """Returns numbers that are others once any parameter has changed, by whatever means."""
+        excluded = (self.swap.originals[c.name] for c in self.choices if not c.included)
+        flats = (tensor for flat in self._guide.flats() for tensor in flat[1:])
+        numbers: list[float] = []
+        for tensor in (*flats, *excluded):
+            if tensor.is_floating_point() and not tensor.is_meta:
+                values = tensor.detach()
+                numbers.append(float(values.sum(dtype=torch.double)))
+                numbers.append(float(torch.linalg.vector_norm(values, dtype=torch.double)))
+        return tuple(numbers)
+
+    def batch_norm_fingerprint(self) -> Fingerprint:
+        """Returns numbers that are others once a parameter or a statistic of a batch norm is.
+
+        They are none for a base without batch norm.
+        """
+        norms = batch_norms(self._base)
+        if not norms:
+            return ()
+        return self.fingerprint() + tuple(float(norm.num_batches_tracked) for norm in norms)
 
     def _pull(self) -> None:
-        self._guide.posterior()
+        self._guide.pull()
         store.pull(self._stored)
 
     def _replaced(self) -> None:
         self._prepare()
-        for choice in self._choices:
-            if id(self._swap.originals[choice.name]) not in _ties:
-                self._claim(choice)
-        self._tie()
+        self._take_over()
         store.replace(self._stored())
 
     @contextmanager
-    def _hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Swaps values into the base, and yields it."""
+    def hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Holds values in the place of the base's parameters while the context is open.
+
+        Arguments:
+            values: The values by the names of parameters.
+
+        Yields:
+            The base.
+        """
         training = self.training
         try:
-            with self._swap(values):
+            with self.swap(values):
                 yield self._base
         finally:
             if self.training != training:  # Pyro's modules take long to set an attribute
                 self.training = training
 
-    def _lock(self) -> contextlib.AbstractContextManager[Any]:
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context that one thread at a time can be in."""
         # A compiled function runs in one thread, and cannot hold a lock.
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
 
     def _check_closed(self) -> None:
-        if self._swap.is_open:
+        if self.swap.is_open:
             raise RuntimeError(
                 "Expected no context of the model to be open while it is converted, copied or"
                 " loaded; got one, in which the base holds draws. Leave `reparameterize()` or"
@@ -269,10 +296,10 @@ class TiedModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
-        fresh = self._stamp == stamp(self)
+        fresh = self.statistics_of == self.batch_norm_fingerprint()
         super()._apply(fn, recurse)
         self._replaced()
-        self._stamp = stamp(self) if fresh else None
+        self.statistics_of = self.batch_norm_fingerprint() if fresh else None
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -285,46 +312,47 @@ class TiedModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
-        # Counters of changes start anew in a copy.
-        state = dict(super().__getstate__(), _stamp=self._stamp == stamp(self))
-        return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
+        state = super().__getstate__()
+        return {key: value for key, value in state.items() if key not in ("_mutex", "swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
-        self._stamp = stamp(self) if state["_stamp"] else None
+
+    def __copy__(self) -> Self:
+        # A shallow copy has the same base and guide, which stay the original's.
+        new = type(self).__new__(type(self))
+        for key, value in vars(self).items():
+            vars(new)[key] = copy.copy(value) if isinstance(value, dict) else value
+        return new
 
 
-def _forget(key: int, _: Any) -> None:
-    _ties.pop(key, None)
-
-
-def _drop_included(model: TiedModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _drop_included(model: PosteriorModule, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leaves the base's included parameters out of a state dict: they are the means."""
-    for choice in model._choices:
+    for choice in model.choices:
         for name in (choice.name, *choice.aliases) if choice.included else ():
             state.pop(f"{prefix}base.{name}", None)
 
 
-def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _add_included(model: PosteriorModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Puts the means in the base's places again before a state dict is loaded."""
     model._check_closed()
     model._pull()
-    for choice in model._choices:
+    for choice in model.choices:
         mean = state.get(f"{prefix}guide.means.{choice.name}")
         if mean is not None:
             for name in (choice.name, *choice.aliases):
                 state.setdefault(f"{prefix}base.{name}", mean.detach())
 
 
-def _after_load(model: TiedModule, keys: Any) -> None:
+def _after_load(model: PosteriorModule, keys: Any) -> None:
     model._replaced()
-    model._stamp = stamp(model)
+    model.statistics_of = model.batch_norm_fingerprint()
     # What is missing of the included parameters is missing of the means, and named there.
     missing = set(keys.missing_keys)
-    for choice in model._choices:
+    for choice in model.choices:
         for name in (choice.name, *choice.aliases) if choice.included else ():
             ending = f"base.{name}"
             prefixes = [k.removesuffix(ending) for k in missing if k.endswith(ending)]
@@ -333,5 +361,5 @@ def _after_load(model: TiedModule, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if key in missing]
 
 
-def _before_save(model: TiedModule, *_: Any) -> None:
+def _before_save(model: PosteriorModule, *_: Any) -> None:
     model._pull()

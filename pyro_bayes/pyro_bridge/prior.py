@@ -11,12 +11,16 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
+from torch.distributions import register_kl
+from torch.distributions.utils import lazy_property
 
+from pyro_bayes.base.checks import is_number
 from pyro_bayes.base.nested import plant
+from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
-from pyro_bayes.posterior import fused
-from pyro_bayes.posterior.scores import half_square
-from pyro_bayes.priors.variance import Empirical, PriorVariances
+from pyro_bayes.posterior.gaussian import divergence_terms
+from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.pyro_bridge.site import Posterior
 
 
 class GaussianSite:
@@ -31,90 +35,94 @@ class GaussianSite:
 
     def __init__(self, shape: torch.Size, variances: PriorVariances, name: str, like: str) -> None:
         self.shape, self.variances, self.name, self.like = shape, variances, name, like
-        self._priors: dict[Any, Prior] = {}
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         like: Any = module._buffers[self.like]  # get_buffer walks through Pyro's attributes
-        rule = self.variances.rules[self.name]
-        if isinstance(rule, Empirical):
-            variance = torch.as_tensor(self.variances.present(self.name)).to(like)
-            return EmpiricalPrior(self.shape, variance, rule)
-        kind = (like.dtype, like.device)
-        if kind not in self._priors:
-            self._priors[kind] = Prior(self.shape, rule, like)
-        return self._priors[kind]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self), _priors={})
+        return Prior(self.shape, self.variances, self.name, like)
 
 
 class Prior(dist.Independent):
-    r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2 I)` of one parameter.
+    r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2)` of one parameter.
 
-    Its log-density of a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor`, which is the posterior
-    :math:`q` itself instead of a draw from it, is :math:`-D_{KL}(q \| p)`, in closed form.
+    Its log-density of a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor`, which is the
+    posterior :math:`q` itself instead of a draw from it, is :math:`-D_{KL}(q \| p)`, in closed form.
+    That of a draw takes an empirical :math:`\sigma_p^2` as fixed: in expectation, the gradient of
+    the ELBO is the same.
 
     Arguments:
         shape: The shape of the parameter.
-        variance: The variance :math:`\sigma_p^2`.
+        variances: The variances of all parameters.
+        name: The name of the parameter.
         like: A tensor of the dtype and device.
     """
 
-    def __init__(self, shape: torch.Size, variance: float, like: Tensor) -> None:
-        self._variance = variance
-        scale = like.new_full((), variance**0.5)
+    has_rsample = True
+
+    def __init__(
+        self, shape: torch.Size, variances: PriorVariances, name: str, like: Tensor
+    ) -> None:
+        # What the base classes' constructors would do, of which most steps need nothing.
+        self.variances, self.name, self._like = variances, name, like
+        self._batch_shape, self._event_shape = torch.Size(), shape
+        self.reinterpreted_batch_ndims = len(shape)
+
+    @lazy_property
+    def _variance(self) -> float | Tensor:
+        variance = self.variances.present(self.name)
+        return variance.to(self._like) if isinstance(variance, Tensor) else variance
+
+    @lazy_property
+    def base_dist(self) -> dist.Normal:
+        variance: Any = self._variance
+        scale = self._like.new_tensor(variance).sqrt() if is_number(variance) else variance.sqrt()
         normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
-        super().__init__(normal.expand(shape), len(shape), validate_args=False)
-        constant = -0.5 * shape.numel() * math.log(2 * math.pi * variance)
-        self._constant = like.new_full((), constant)
+        return normal.expand(self._event_shape)  # type: ignore[no-any-return]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Prior:
         new = type(self).__new__(type(self))
-        new._variance, new._constant = self._variance, self._constant
+        new.variances, new.name, new._like = self.variances, self.name, self._like
+        new._variance = self._variance
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
     def log_prob(self, value: Any) -> Tensor:
         if isinstance(value, GaussianTensor):
-            divergences = value.noise.divergences
-            if divergences is None:
-                kl = fused.kl_divergence({"": value.posterior}, self._variance)
+            if value.noise.divergence is None:
+                precision = 1 / torch.as_tensor(self._variance)
+                divergence = divergence_terms(*value.posterior, precision).sum()
             else:
-                kl = divergences(self._variance)[value.parameter]
-            return -kl.expand(self.batch_shape)
-        half = half_square(value) if value.shape == self.event_shape else None
-        if half is None:
-            dims = tuple(range(-len(self.event_shape), 0))
-            half = 0.5 * (value.square().sum(dims) if dims else value.square())
-        return torch.sub(self._constant, half, alpha=1 / self._variance)
+                divergence = value.noise.divergence(value.parameter, self.variances)
+            return -divergence.expand(self.batch_shape)
+        variance: Any = self._variance
+        if value.shape != self.event_shape or isinstance(variance, Tensor):
+            return super().log_prob(value)  # type: ignore[no-any-return]
+        if is_transformed() or value.dtype.itemsize < 4:
+            constant = value.numel() * math.log(2 * math.pi * variance)
+            return -0.5 * (value.square().sum() / variance + constant)
+        log_prob: Tensor = _LogPrior.apply(variance, value)
+        return log_prob
 
 
-class EmpiricalPrior(dist.Independent):
-    r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2)` of one parameter, by its posterior.
+class _LogPrior(torch.autograd.Function):
+    r"""The log-density of one draw under :math:`\mathcal{N}(0, \sigma_p^2 I)`."""
 
-    The log-density of a draw takes :math:`\sigma_p^2` as fixed: in expectation, the gradient of the
-    ELBO is the same. That of a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor` is as in
-    :class:`Prior`.
+    @staticmethod
+    def forward(ctx: Any, variance: float, value: Tensor) -> Tensor:
+        ctx.variance = variance
+        ctx.save_for_backward(value)
+        flat = value.reshape(-1)
+        constant = flat.numel() * math.log(2 * math.pi * variance)
+        return torch.dot(flat, flat).div_(variance).add_(constant).mul_(-0.5)
 
-    Arguments:
-        shape: The shape of the parameter.
-        variance: The present :math:`\sigma_p^2`, of a shape that broadcasts to it.
-        empirical: What it is by.
-    """
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[None, Tensor]:
+        (value,) = ctx.saved_tensors
+        return None, value * (grad / -ctx.variance)
 
-    def __init__(self, shape: torch.Size, variance: Tensor, empirical: Empirical) -> None:
-        self._empirical = empirical
-        normal = dist.Normal(torch.zeros_like(variance), variance.sqrt(), validate_args=False)
-        super().__init__(normal.expand(shape), len(shape), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> EmpiricalPrior:
-        new = type(self).__new__(type(self))
-        new._empirical = self._empirical
-        return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
-
-    def log_prob(self, value: Any) -> Tensor:
-        if isinstance(value, GaussianTensor):
-            return -self._empirical.kl_divergence(*value.posterior).expand(self.batch_shape)
-        return super().log_prob(value)  # type: ignore[no-any-return]
+@register_kl(Posterior, Prior)
+def _kl_divergence(posterior: Posterior, prior: Prior) -> Tensor:
+    divergence = posterior.joint.divergence(posterior.name, prior.variances)
+    return divergence.expand(posterior.batch_shape)
 
 
 class GaussianPrior(PyroModule):
@@ -148,6 +156,7 @@ class GaussianPrior(PyroModule):
         # it has bears a mangled name, and the buffers a name that no attribute has.
         if not isinstance(variance, PriorVariances):
             variance = PriorVariances(dict.fromkeys(parameters, variance))
+        self.__variances = variance
         sites, likes = {}, {}
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
@@ -159,6 +168,15 @@ class GaussianPrior(PyroModule):
             self.get_submodule(path).register_buffer(like, zero, persistent=False)
         owners = ((name, *name.rpartition(".")[::2]) for name in parameters)
         self.__sites = [(name, self.get_submodule(path), leaf) for name, path, leaf in owners]
+
+    @staticmethod
+    def variances_of(prior: GaussianPrior) -> PriorVariances:
+        """Returns the variances of a prior.
+
+        Arguments:
+            prior: The prior, whose own attributes bear the names of parameters.
+        """
+        return prior.__variances
 
     def forward(self) -> dict[str, Tensor]:
         """Makes the sample statements.

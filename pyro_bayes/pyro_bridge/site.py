@@ -1,4 +1,4 @@
-"""The distribution of a guide's site, whose draw and log-density are made with little work."""
+"""The distribution of a guide's site, whose draw and log-density come from one pass for all."""
 
 from __future__ import annotations
 
@@ -10,39 +10,46 @@ from torch import Tensor
 from torch.distributions.utils import lazy_property
 
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
+from pyro_bayes.posterior import gaussian
+from pyro_bayes.pyro_bridge.joint import Joint
 
 
 class Posterior(dist.Independent):
     r"""The posterior :math:`\mathcal{N}(\mu, \sigma^2 I)` of one parameter, with a draw at hand.
 
-    The first sample is that draw, or a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor` that
-    stands for it. The log-density of a Gaussian tensor is 0.
+    The first sample is that draw, or a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor`
+    that stands for it. The log-density of a Gaussian tensor is 0.
 
     Arguments:
-        mean: The means :math:`\mu`.
-        logvar: The log-variances :math:`\log \sigma^2`.
+        joint: The posterior of all parameters.
+        name: The name of the parameter.
         draw: The draw.
         log_prob: Its log-density, if it is not a Gaussian tensor.
+
+    Attributes:
+        joint: The posterior of all parameters.
+        name: The name of the parameter.
     """
 
     has_rsample = True
 
     def __init__(
-        self, mean: Tensor, logvar: Tensor, draw: Tensor, log_prob: Tensor | None = None
+        self, joint: Joint, name: str, draw: Tensor, log_prob: Tensor | None = None
     ) -> None:
         # What the base classes' constructors would do, of which most steps need nothing.
-        self._mean, self._logvar = mean, logvar
+        self.joint, self.name = joint, name
         self._draw: Tensor | None = draw
         self._log_prob = log_prob
-        self._batch_shape, self._event_shape = torch.Size(), mean.shape
-        self.reinterpreted_batch_ndims = mean.dim()
+        self._batch_shape, self._event_shape = torch.Size(), draw.shape
+        self.reinterpreted_batch_ndims = draw.dim()
 
     @lazy_property
     def base_dist(self) -> _Normal:
-        return _Normal(self._mean, self._logvar, self._draw)
+        return _Normal(*self.joint.of(self.name), self._draw)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Posterior:
         new = type(self).__new__(type(self))
+        new.joint, new.name = self.joint, self.name
         new._log_prob = new._draw = None
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
@@ -60,7 +67,7 @@ class Posterior(dist.Independent):
 
 
 class _Normal(dist.Normal):
-    """A normal distribution whose first draw is known, and whose σ is computed if needed."""
+    """A normal distribution whose first draw may be known, and whose σ is computed if needed."""
 
     def __init__(self, mean: Tensor, logvar: Tensor, draw: Tensor | None) -> None:
         self.loc, self.logvar, self.draw = mean, logvar, draw
@@ -74,6 +81,9 @@ class _Normal(dist.Normal):
         mean, logvar = (p.expand(batch_shape) for p in (self.loc, self.logvar))
         draw = self.draw if isinstance(self.draw, GaussianTensor) else None
         return type(self)(mean, logvar, draw)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return gaussian.log_densities(value, self.loc, self.logvar)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))

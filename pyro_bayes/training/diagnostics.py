@@ -141,7 +141,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     model = objective.model
     posterior = model.guide.posterior()
     with torch.no_grad():
-        divergences = model._prior_variances.kl_divergences(posterior)
+        divergences = model.kl_divergences()
     rows = []
     for name in posterior:
         mean, logvar = (f"model.guide.{kind}.{name}" for kind in ("means", "logvars"))
@@ -202,17 +202,17 @@ class _Moments:
 
 def _unmoved(model: BayesianModel, name: str) -> float:
     logvar = model.guide.posterior()[name][1].detach()
-    return float(((logvar - model._init_logvar).abs() < _NEAR).double().mean())
+    return float(((logvar - model.init_logvar).abs() < _NEAR).double().mean())
 
 
 def _still(share: float, model: BayesianModel) -> str | None:
     if share <= 0.5:
         return None
-    low = model._init_logvar < _QUICK
+    low = model.init_logvar < _QUICK
     nearer = f", or start nearer, as BayesianModel(net, init_logvar={_QUICK})" if low else ""
     return (
         f"{share:.0%} of the posterior's deviations are within 1 % of their initial value,"
-        f" init_logvar={model._init_logvar:g}, so that the uncertainty is not learned. Train for"
+        f" init_logvar={model.init_logvar:g}, so that the uncertainty is not learned. Train for"
         f" longer or with a higher learning rate{nearer}."
     )
 

@@ -29,7 +29,7 @@ def check_parameters(objective: ELBO, when: str, file: str = "") -> None:
             )
     model = objective.model
     with torch.no_grad():
-        divergences = model._prior_variances.kl_divergences(model.guide.posterior())
+        divergences = model.kl_divergences()
     for name, kl in divergences.items():
         if not is_finite(kl):
             raise FloatingPointError(

@@ -163,7 +163,10 @@ class ELBO(nn.Module):
         args, kwargs = _arguments(x)
         nlls = []
         for _ in range(self.num_samples):
-            with self.model.reparameterize(self.local_trick, batch_dim=self.batch_dim) as net:
+            with self.model.reparameterize_with_kl(self.local_trick, batch_dim=self.batch_dim) as (
+                net,
+                kl,
+            ):
                 # Inside the context, because flows compute their density with the network.
                 log_probs = self.likelihood.log_prob(net(*args, **kwargs), y)
             if log_probs.shape != y.shape[:1]:
@@ -176,7 +179,7 @@ class ELBO(nn.Module):
         if self.training:
             check_batch(len(y), self.num_data)
         nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
-        return Terms(nll, self.model.kl_divergence() / self.num_data)
+        return Terms(nll, kl / self.num_data)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Computes the loss.

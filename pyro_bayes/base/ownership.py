@@ -1,0 +1,95 @@
+"""Which posterior the parameters of a base belong to: one at a time, until it dies."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+class Claim:
+    """That a parameter of a base belongs to an owner, and what that changed.
+
+    Arguments:
+        parameter: The parameter.
+        owner: The owner.
+        shares: Whether the parameter shares its memory with the owner's means.
+        trained: Whether it trained before, and does not any more.
+    """
+
+    def __init__(self, parameter: nn.Parameter, owner: Any, shares: bool, trained: bool) -> None:
+        self.key = id(parameter)
+        self.parameter = weakref.ref(parameter, partial(_forget, self.key))
+        self.owner, self.shares, self.trained = weakref.ref(owner), shares, trained
+
+    def release(self) -> None:
+        """Lets the parameter train again if it did, for as long as nobody else has claimed it."""
+        parameter = self.parameter()
+        if _claims.get(self.key) is not self:
+            return
+        del _claims[self.key]
+        if parameter is not None and self.trained:
+            parameter.requires_grad_()
+
+
+_claims: dict[int, Claim] = {}
+
+
+def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> list[nn.Parameter]:
+    """Makes an owner the one that parameters belong to, in the place of any former one.
+
+    Parameters that share their memory with the owner are frozen until the owner dies.
+
+    Arguments:
+        owner: The owner.
+        parameters: The parameters, with whether each shares its memory with the owner, and whether
+            it trained before the owner's first claim, if it does not now.
+
+    Returns:
+        Those that train, or did.
+    """
+    claims: list[Claim] = []
+    trained: list[nn.Parameter] = []
+    for parameter, shares, trains in parameters:
+        if is_owner(owner, parameter):
+            continue
+        former = _claims.get(id(parameter))
+        if former is not None:
+            former.release()
+            if former.shares:
+                parameter.data = parameter.data.clone()
+        if parameter.requires_grad or trains:
+            trained.append(parameter)
+        own = Claim(parameter, owner, shares, shares and (parameter.requires_grad or trains))
+        claims.append(own)
+        _claims[id(parameter)] = own
+        if shares:
+            parameter.requires_grad_(False)
+    if claims:
+        weakref.finalize(owner, _release, claims).atexit = False
+    return trained
+
+
+def is_owner(owner: Any, parameter: nn.Parameter) -> bool:
+    """Tells whether a parameter belongs to an owner.
+
+    Arguments:
+        owner: The owner.
+        parameter: The parameter.
+    """
+    found = _claims.get(id(parameter))
+    return found is not None and found.owner() is owner
+
+
+def _release(claims: Sequence[Claim]) -> None:
+    for own in claims:
+        own.release()
+
+
+def _forget(key: int, reference: Any) -> None:
+    found = _claims.get(key)
+    if found is not None and found.parameter is reference:
+        del _claims[key]

@@ -1,0 +1,220 @@
+"""Where each parameter lies in one flat piece of memory: the only bookkeeping of the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**16
+"""The number of elements in a chunk on a CPU, of which a core's cache holds several at once."""
+
+
+class Part(NamedTuple):
+    """One parameter.
+
+    Arguments:
+        name: Its dotted name.
+        shape: Its shape.
+        stride: Its strides, which are dense but not always contiguous.
+        order: The permutation after which it is contiguous; `None` if it is so already.
+        offset: The place of its first element.
+        size: The number of its elements.
+    """
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    order: tuple[int, ...] | None
+    offset: int
+    size: int
+
+
+class Chunk(NamedTuple):
+    """A range of elements that one core's cache holds: several small parameters, or a piece of one.
+
+    Arguments:
+        start: The first element.
+        stop: The element behind the last.
+        first: The index of the first parameter in it.
+        sizes: How many elements it has of that parameter and of each that follows.
+    """
+
+    start: int
+    stop: int
+    first: int
+    sizes: tuple[int, ...]
+
+
+class Layout:
+    """Where each of several parameters lies in a flat tensor.
+
+    Arguments:
+        parameters: The parameters by dotted name, of one dtype and device. Only their shapes and
+            strides are used.
+
+    Attributes:
+        parts: The parameters, in order.
+        names: Their names.
+        size: The number of all elements.
+
+    Example:
+        >>> layout = Layout({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+        >>> [tuple(view.shape) for view in layout.views(torch.arange(8.0))]
+        [(2, 3), (2,)]
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        starts = accumulate([0, *sizes])
+        self.parts = tuple(
+            Part(name, p.shape, *_arrangement(p), start, size)
+            for (name, p), start, size in zip(parameters.items(), starts, sizes, strict=False)
+        )
+        self.names = tuple(parameters)
+        self.sizes = sizes
+        self.size = sum(sizes)
+        self.is_plain = all(part.order is None for part in self.parts)
+        self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
+        self._chunks = tuple(_chunks(sizes))
+
+    def chunks(self, flat: Tensor) -> Sequence[Chunk]:
+        """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""
+        if flat.is_cpu:
+            return self._chunks
+        return (Chunk(0, self.size, 0, tuple(self.sizes)),)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Returns the parameters in a flat tensor, in its memory, without a gradient.
+
+        Arguments:
+            flat: The flat tensor, contiguous.
+        """
+        start = flat.storage_offset()
+        if start:
+            return [flat.as_strided(s, t, o + start) for s, t, o in self._where]
+        return [flat.as_strided(*where) for where in self._where]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Returns the parameters in a flat tensor, by operators that any transform understands.
+
+        Arguments:
+            flat: The flat tensor, of shape `(size,)`, or several of shape `(*, size)`.
+        """
+        lead, dims = flat.shape[:-1], flat.dim() - 1
+        found = []
+        for part, piece in zip(self.parts, flat.split(self.sizes, -1), strict=True):
+            if part.order is None:
+                found.append(piece.view((*lead, *part.shape)))
+                continue
+            back = [part.order.index(d) + dims for d in range(len(part.shape))]
+            turned = piece.view((*lead, *(part.shape[d] for d in part.order)))
+            found.append(turned.permute(*range(dims), *back))
+        return found
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Returns parameters as a flat tensor, differentiable with respect to them.
+
+        Arguments:
+            tensors: Tensors of the parameters' shapes, in order.
+        """
+        return torch.cat([*map(_line, self.parts, tensors)])
+
+    def lines(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Returns each parameter as it lies in the flat tensor, in its own memory if possible.
+
+        Arguments:
+            tensors: Tensors of the parameters' shapes, or `None`, in order.
+        """
+        pairs = zip(self.parts, tensors, strict=True)
+        return [None if tensor is None else _line(part, tensor) for part, tensor in pairs]
+
+    def gather(self, lines: Sequence[Tensor | None], chunk: Chunk, like: Tensor) -> Tensor:
+        """Returns the elements that a chunk has of several parameters.
+
+        Arguments:
+            lines: What :meth:`lines` returns; zeros stand for `None`.
+            chunk: The chunk.
+            like: A tensor of the dtype and device of the zeros.
+        """
+        i, count = chunk.first, len(chunk.sizes)
+        own = [
+            like.new_zeros(part.size) if line is None else line
+            for part, line in zip(self.parts[i : i + count], lines[i : i + count], strict=True)
+        ]
+        if count > 1:
+            return torch.cat(own)
+        offset = self.parts[i].offset
+        return own[0][chunk.start - offset : chunk.stop - offset]
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Returns one number for each parameter as one for each element, differentiable.
+
+        Arguments:
+            numbers: The numbers, one for each parameter.
+        """
+        pieces = zip(numbers.unbind(), self.sizes, strict=True)
+        return torch.cat([number.expand(size) for number, size in pieces])
+
+    def sums(self, terms: Tensor) -> Tensor:
+        """Returns the sum over the elements of each parameter, differentiable.
+
+        Arguments:
+            terms: The terms, a flat tensor.
+        """
+        return torch.stack([own.sum() for own in terms.split(self.sizes)])
+
+    def each(self, numbers: Tensor, chunk: Chunk) -> Tensor:
+        """Returns one number for each parameter as one for each element of a chunk.
+
+        Arguments:
+            numbers: The numbers, one for each parameter.
+            chunk: The chunk.
+
+        Returns:
+            A tensor that broadcasts to the chunk.
+        """
+        if len(chunk.sizes) == 1:
+            return numbers[chunk.first]
+        own = numbers[chunk.first : chunk.first + len(chunk.sizes)]
+        if own.stride(0) == 0 or (own.is_cpu and len(set(own.tolist())) == 1):
+            return own[0]
+        sizes = torch.tensor(chunk.sizes, device=own.device)
+        return own.repeat_interleave(sizes, output_size=chunk.stop - chunk.start)
+
+
+def _line(part: Part, tensor: Tensor) -> Tensor:
+    return (tensor if part.order is None else tensor.permute(part.order)).reshape(-1)
+
+
+def _arrangement(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Returns the strides of a dense copy, and the permutation that makes it contiguous."""
+    copy = torch.empty_like(parameter, device="meta")
+    stride = copy.stride()
+    if copy.is_contiguous() or copy.numel() == 0:
+        return stride, None
+    order = sorted(range(copy.dim()), key=lambda d: (-stride[d], -copy.shape[d]))
+    return stride, tuple(order)
+
+
+def _chunks(sizes: Sequence[int]) -> Iterator[Chunk]:
+    start = first = 0
+    group: list[int] = []
+    for i, size in enumerate([*sizes, CHUNK + 1]):
+        if group and sum(group) + size > CHUNK:
+            yield Chunk(start, start + sum(group), first, tuple(group))
+            start, group = start + sum(group), []
+        if i == len(sizes):
+            return
+        if size > CHUNK:
+            ends = range(start, start + size, CHUNK)
+            yield from (
+                Chunk(a, b, i, (b - a,)) for a in ends for b in [min(a + CHUNK, start + size)]
+            )
+            start += size
+            continue
+        first = i if not group else first
+        group.append(size)
