@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_bayes.base.checks import check_base, is_number
 from pyro_bayes.base.selection import select
 from pyro_bayes.base.swap import undisturbed
-from pyro_bayes.noise.context import context_noise
+from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.tensors import held_values
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.memory import Leaves
@@ -243,7 +243,7 @@ class BayesianModel(LiftedModule):
         """
         noise = context_noise(local_trick, batch_dim)
         with self.lock():
-            values, _ = held_values(self._guide.flats(), noise)
+            values, _ = self._values(noise)
             with self.hold(values) as base:
                 yield base
 
@@ -274,7 +274,7 @@ class BayesianModel(LiftedModule):
         """
         noise = context_noise(local_trick, batch_dim)
         with self.lock():
-            values, numbers = held_values(self._guide.flats(), noise, self._guide.variances)
+            values, numbers = self._values(noise, self._guide.variances)
             with self.hold(values) as base:
                 yield base, total(numbers)
 
@@ -400,6 +400,14 @@ class BayesianModel(LiftedModule):
         """
         return self._variances(prior_var).kl_divergences(self._guide.flats())
 
+    def _values(
+        self, noise: ContextNoise, variances: PriorVariances | None = None
+    ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
+        """Returns what the base holds in a context, and divergences if they are wanted."""
+        flats, memory = self._guide.flats(), self._guide.memory
+        named = None if torch.is_grad_enabled() else memory.by_name()
+        return held_values(flats, noise, variances, named)
+
     def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
         if prior_var is None:
             return self._guide.variances
@@ -441,7 +449,7 @@ class BayesianModel(LiftedModule):
             uses = noise.uses = {}
             call = args[0] if callable(args[0]) else lambda base: base(*args)
             with self.lock(), undisturbed(self._base), torch.enable_grad():
-                values, _ = held_values(self._guide.flats(), noise)
+                values, _ = self._values(noise)
                 with self.hold(values) as base:
                     call(base)
         return summarize(self, self._guide.variances, uses)

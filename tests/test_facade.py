@@ -69,17 +69,21 @@ def test_means_and_logvars_name_what_trains(net):
     for name, parameter in net.named_parameters():
         assert torch.equal(means[name], parameter)
         assert torch.equal(logvars[name], torch.full_like(parameter, -5.0))
-    trained = {id(p) for p in bnn.parameters()}
-    assert trained == {id(p) for p in (*means.values(), *logvars.values())}
+    named = BayesianModel(net, leaves="named")
+    trained = {id(p) for p in named.parameters()}
+    assert trained == {id(p) for p in (*named.means.parameters(), *named.logvars.parameters())}
 
 
 def test_parameters_are_those_that_train():
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    bnn = BayesianModel(net, include_params="2")
-    names = [name for name, _ in bnn.named_parameters()]
-    assert names == ["base.0.weight", "base.0.bias", "base.1.weight", "base.1.bias"] + [
+    excluded = ["base.0.weight", "base.0.bias", "base.1.weight", "base.1.bias"]
+    bnn = BayesianModel(net, include_params="2", leaves="named")
+    assert [name for name, _ in bnn.named_parameters()] == excluded + [
         f"guide.{kind}.2.{leaf}" for kind in ("means", "logvars") for leaf in ("weight", "bias")
     ]
+    bnn = BayesianModel(net, include_params="2")
+    names = [name for name, _ in bnn.named_parameters()]
+    assert names == [*excluded, "guide.mean", "guide.logvar"]
     assert all(p.requires_grad for p in bnn.parameters())
     bnn.requires_grad_(False).requires_grad_(True)
     assert not net[2].weight.requires_grad

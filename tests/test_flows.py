@@ -90,7 +90,7 @@ def test_density_of_an_observed_flow_is_that_of_the_draw(bnn, data, plate):
     trace = poutine.trace(model).get_trace()
     trace.compute_log_prob()  # after the base was given back
     draws = {name: trace.nodes[name]["value"] for name in bnn.guide.sites}
-    with bnn._swap(draws):
+    with bnn.swap(draws):
         expected = bnn.base(c).log_prob(x)
     torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected)
 
@@ -211,7 +211,7 @@ def test_flows_with_autograd_inside_use_one_draw(flow, data, local_trick):
         sample = gradients(model(c).rsample().square().mean())
     posterior = bnn.guide.posterior()
     draws = {n: gaussian.draw(*q, noise_of(draws[n], *q)) for n, q in posterior.items()}
-    with bnn._hold(draws) as model:
+    with bnn.hold(draws) as model:
         expected = gradients(model(c).log_prob(x).mean())
     torch.testing.assert_close(density, expected, rtol=1e-4, atol=1e-5)
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in sample)

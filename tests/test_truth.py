@@ -26,9 +26,9 @@ def make_loss(problem, bnn, front_end):
 def gradient_z(problem, bnn, front_end, draws=1000):
     """Returns the mean gradient over its standard error, for μ and log σ²."""
     loss = make_loss(problem, bnn, front_end)
-    parameters = [bnn.means.weight, bnn.logvars.weight]
+    parameters = list(bnn.parameters())
     grads = torch.stack(
-        [torch.cat([*torch.autograd.grad(loss(), parameters)], 1).squeeze(0) for _ in range(draws)]
+        [torch.cat([*torch.autograd.grad(loss(), parameters)]) for _ in range(draws)]
     )
     return grads.mean(0) / (grads.std(0) / draws**0.5).clamp_min(1e-9)
 

@@ -36,6 +36,7 @@ class Claim:
 
 
 _claims: dict[int, Claim] = {}
+_former: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> list[nn.Parameter]:
@@ -59,6 +60,8 @@ def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> 
         former = _claims.get(id(parameter))
         if former is not None:
             former.release()
+            if former.owner() is not None:
+                _former.add(former.owner())
             if former.shares:
                 parameter.data = parameter.data.clone()
         if parameter.requires_grad or trains:
@@ -68,6 +71,7 @@ def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> 
         _claims[id(parameter)] = own
         if shares:
             parameter.requires_grad_(False)
+    _former.discard(owner)
     if claims:
         weakref.finalize(owner, _release, claims).atexit = False
     return trained
@@ -82,6 +86,15 @@ def is_owner(owner: Any, parameter: nn.Parameter) -> bool:
     """
     found = _claims.get(id(parameter))
     return found is not None and found.owner() is owner
+
+
+def is_former(owner: Any) -> bool:
+    """Tells whether another owner has claimed a parameter that belonged to this one.
+
+    Arguments:
+        owner: The owner.
+    """
+    return owner in _former
 
 
 def _release(claims: Sequence[Claim]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from pyro_bayes.noise.context import ContextNoise, Estimator
@@ -24,6 +25,7 @@ def gaussian_tensors(
     noise: ContextNoise,
     variances: PriorVariances | None = None,
     number: Number = "divergence",
+    named: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, GaussianTensor], list[Tensor]]:
     r"""Returns the Gaussian tensors of a posterior, and what was computed in the same pass.
 
@@ -32,6 +34,8 @@ def gaussian_tensors(
         noise: The noise of the context.
         variances: The variances of the prior, if divergences are wanted.
         number: Which divergences.
+        named: The means and log-variances by name, as functions of leaves also where gradients are
+            off, since they may be on again while the context is open.
 
     Returns:
         The tensors by name, and the number or numbers of each dtype and device, if wanted.
@@ -41,19 +45,23 @@ def gaussian_tensors(
     numbers: list[Tensor] = []
     for flat in posterior:
         drawn = _drawn(flat, kind, variances, number)
-        means = drawn.means or flat.layout.split(flat.mean)
-        logvars = flat.layout.split(flat.logvar)
-        for name, mean, logvar, value in zip(
-            flat.layout.names, means, logvars, drawn.outputs, strict=True
-        ):
-            values[name] = GaussianTensor.of(mean, logvar, name, noise, {moment: value})
+        if named is None or torch.is_grad_enabled():
+            means = drawn.means or flat.layout.split(flat.mean)
+            pairs = list(zip(means, flat.layout.split(flat.logvar), strict=True))
+        else:
+            pairs = [named[name] for name in flat.layout.names]
+        for name, pair, value in zip(flat.layout.names, pairs, drawn.outputs, strict=True):
+            values[name] = GaussianTensor.of(*pair, name, noise, {moment: value})
         if drawn.number is not None:
             numbers.append(drawn.number)
     return values, numbers
 
 
 def held_values(
-    posterior: Sequence[Flat], noise: ContextNoise, variances: PriorVariances | None = None
+    posterior: Sequence[Flat],
+    noise: ContextNoise,
+    variances: PriorVariances | None = None,
+    named: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """Returns what a base holds in the place of its parameters: draws, or Gaussian tensors.
 
@@ -61,12 +69,13 @@ def held_values(
         posterior: The parameters of each dtype and device.
         noise: The noise of the context.
         variances: The variances of the prior, if the divergence is wanted.
+        named: The means and log-variances by name, as in :func:`gaussian_tensors`.
 
     Returns:
         The values by name, and the divergence of each dtype and device, if wanted.
     """
     if noise.estimator != "weights":
-        return gaussian_tensors(posterior, noise, variances)
+        return gaussian_tensors(posterior, noise, variances, named=named)
     drawn = [_drawn(flat, "draws", variances, "divergence") for flat in posterior]
     values: dict[str, Tensor] = {}
     for flat, (_, outputs, _) in zip(posterior, drawn, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class Leaf(nn.Parameter):
 
     cleared: tuple[int, int, frozenset[int]] | None = None
     """The identity and version of a gradient of which some parameters, by index, have none."""
+    frozen: frozenset[int] = frozenset()
+    """The indices of parameters that are not to train, while others do: a wish that is refused."""
 
     @property
     def data(self) -> Tensor:
@@ -35,6 +37,20 @@ class Leaf(nn.Parameter):
         else:
             self.adopt(values)
 
+    def check_frozen(self, names: Sequence[str]) -> None:
+        """Raises a `RuntimeError` if some parameters are frozen and others not.
+
+        Arguments:
+            names: The names of the parameters.
+        """
+        if self.frozen and self.requires_grad:
+            raise RuntimeError(
+                "Expected all parameters of a flat posterior to train or none; got"
+                f" requires_grad=False for {[names[i] for i in sorted(self.frozen)]}. To freeze"
+                " parameters by name, make the model with named leaves:"
+                " BayesianModel(net, leaves='named')."
+            )
+
     def adopt(self, values: Tensor) -> None:
         """Takes a tensor's memory in the place of its own.
 
@@ -45,7 +61,7 @@ class Leaf(nn.Parameter):
 
 
 class NamedView(Leaf):
-    """One parameter in a flat leaf: its values and its gradient are a part of the leaf's.
+    """One parameter in a flat leaf, a differentiable view: its gradient is a part of the leaf's.
 
     Arguments:
         leaf: The flat leaf.
@@ -55,31 +71,52 @@ class NamedView(Leaf):
     """
 
     def __new__(cls, leaf: Leaf, index: int, count: int, part: Part) -> NamedView:
-        return torch.Tensor._make_subclass(cls, alias(leaf, part), False)
+        with torch.inference_mode(False), torch.enable_grad():
+            if part.order is None:
+                view = leaf[part.offset : part.offset + part.size].view(part.shape)
+            else:
+                view = leaf.as_strided(part.shape, part.stride, part.offset)
+            return view.as_subclass(cls)
 
     def __init__(self, leaf: Leaf, index: int, count: int, part: Part) -> None:
-        self._leaf, self._index, self._count, self._part = leaf, index, count, part
+        self.leaf, self._index, self._count, self._part = leaf, index, count, part
 
-    def attach(self, leaf: Leaf) -> None:
-        """Becomes a part of another leaf, or of the same one in new memory.
+    @property
+    def data(self) -> Tensor:
+        """The values, without a gradient, in a storage of their own."""
+        return alias(self.leaf, self._part)
 
-        Arguments:
-            leaf: The leaf.
-        """
-        self._leaf = leaf
-        self.adopt(alias(leaf, self._part))
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        own = self.data
+        if values.shape != own.shape or values.dtype != own.dtype or values.device != own.device:
+            raise TypeError(
+                f"Expected values of shape {tuple(own.shape)}, {own.dtype} on {own.device}; got"
+                f" {tuple(values.shape)}, {values.dtype} on {values.device}. Convert the whole"
+                " model, as in bnn.double()."
+            )
+        own.copy_(values)
+
+    def detach(self) -> Tensor:
+        """Returns the values, without a gradient, in a storage of their own."""
+        return self.data
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """True, since optimisers may change its values by themselves."""
+        return True
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
         """The gradient, a part of the leaf's; `None` if the leaf has none, or this was cleared."""
-        grad = self._leaf.grad
+        grad = self.leaf.grad
         if grad is None or self._index in self._cleared(grad):
             return None
         return grad.as_strided(self._part.shape, self._part.stride, self._part.offset)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        leaf = self._leaf
+        leaf = self.leaf
         if value is None:
             if leaf.grad is None:
                 return
@@ -98,17 +135,17 @@ class NamedView(Leaf):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        """Whether the flat leaf trains."""
-        return self._leaf.requires_grad
+        """Whether the parameter trains, which goes for all of a leaf or none."""
+        return self.leaf.requires_grad and self._index not in self.leaf.frozen
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        if bool(value) != self._leaf.requires_grad:
-            raise RuntimeError(
-                f"Expected all parameters of a flat posterior to train or none; got"
-                f" requires_grad={value} for one of them. To freeze parameters by name, make the"
-                " model with named leaves: BayesianModel(net, leaves='named')."
-            )
+        leaf, own = self.leaf, {self._index}
+        frozen = leaf.frozen if leaf.requires_grad else frozenset(range(self._count))
+        frozen = frozen - own if value else frozen | own
+        trains = len(frozen) < self._count
+        nn.Parameter.requires_grad_(leaf, trains)
+        leaf.frozen = frozen if trains else frozenset()
 
     def requires_grad_(self, requires_grad: bool = True) -> NamedView:
         self.requires_grad = requires_grad
@@ -132,10 +169,23 @@ class NamedView(Leaf):
         return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
     def _cleared(self, grad: Tensor) -> frozenset[int]:
-        cleared = self._leaf.cleared
+        cleared = self.leaf.cleared
         if cleared is None or cleared[:2] != (id(grad), grad._version):
             return frozenset()
         return cleared[2]
+
+
+def whole_leaves(parameters: Iterable[Tensor]) -> list[Leaf]:
+    """Returns the flat leaves all of whose parts are among some parameters.
+
+    Arguments:
+        parameters: The parameters.
+    """
+    counts: dict[int, int] = {}
+    views = [p for p in parameters if isinstance(p, NamedView)]
+    for view in views:
+        counts[id(view.leaf)] = counts.get(id(view.leaf), 0) + view.numel()
+    return [view.leaf for view in views if counts[id(view.leaf)] == view.leaf.numel()]
 
 
 def alias(flat: Tensor, part: Part) -> Tensor:

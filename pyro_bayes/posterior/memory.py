@@ -57,12 +57,18 @@ class Memory:
         means: A module of the means under the parameters' own names.
         logvars: A module of the log-variances, likewise.
         leaves: Which leaves there are.
+        addresses: The address of each mean by name, 0 if it has no elements.
     """
+
+    addresses: dict[str, int]
 
     def __init__(
         self, module: nn.Module, initial: Mapping[str, tuple[Tensor, Tensor]], leaves: Leaves
     ) -> None:
-        self.leaves, self._module, self._names = leaves, module, tuple(initial)
+        self.leaves, self._names = leaves, tuple(initial)
+        # A reference to the module itself would be a cycle.
+        self._parameters: dict[str, Any] = module._parameters
+        self._modules: dict[str, Any] = module._modules
         types: dict[Any, dict[str, Tensor]] = {}
         for name, (mean, _) in initial.items():
             types.setdefault((mean.dtype, mean.device), {})[name] = mean
@@ -99,7 +105,7 @@ class Memory:
         Arguments:
             values: What to take instead of leaves, by the names that :meth:`stored` has for them.
         """
-        if not torch.compiler.is_compiling() and self._look() != self._addresses:
+        if not torch.compiler.is_compiling() and self._has_moved():
             self.refresh()
         pairs = zip(self._layouts, self._keys, self._flats, strict=True)
         return [
@@ -118,13 +124,29 @@ class Memory:
     def stored(self) -> dict[str, nn.Parameter]:
         """Returns the leaves by the names that Pyro's param store has for them."""
         if self.leaves == "flat":
-            parameters: Any = self._module._parameters
-            return {key: parameters[key] for keys in self._keys for key in keys}
+            return {key: self._parameters[key] for keys in self._keys for key in keys}
         return {
             f"{kind}s.{name}": place.holder[place.key]
             for kind in KINDS
             for name, place in self._places[kind].items()
         }
+
+    def parts(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        """Splits a tensor of the shape of a leaf, such as its gradient, by parameter.
+
+        Arguments:
+            key: The name of the leaf, as in :meth:`stored`.
+            value: The tensor.
+
+        Returns:
+            The parts by the names that named leaves have.
+        """
+        for layout, keys in zip(self._layouts, self._keys, strict=True):
+            if self.leaves == "flat" and key in keys:
+                kind = KINDS[keys.index(key)]
+                pairs = zip(layout.names, layout.split(value), strict=True)
+                return {f"{kind}s.{name}": part for name, part in pairs}
+        return {key: value}
 
     def mean(self, name: str) -> Tensor:
         """Returns the mean of a parameter, in its memory and with a storage of its own."""
@@ -134,19 +156,25 @@ class Memory:
         self, layout: Layout, kind: Kind, key: str, memory: Tensor, values: Mapping[str, Tensor]
     ) -> Tensor:
         """Returns a flat tensor as a function of the leaves."""
-        places = [self._places[kind][name] for name in layout.names]
-        own = all([place.holder[place.key] is place.own for place in places])
+        places = self._by_layout[layout, kind]
+        # A compiler would take every view for an input.
+        own = (self.leaves == "flat" and torch.compiler.is_compiling()) or all(
+            [holder[key] is leaf for holder, key, leaf, _ in places]
+        )
         if self.leaves == "flat":
-            leaf: Any = values.get(key, self._module._parameters[key])
+            leaf: Any = values.get(key, self._parameters[key])
+            if isinstance(leaf, Leaf) and leaf.frozen:
+                leaf.check_frozen(layout.names)
             if own:
                 return leaf  # type: ignore[no-any-return]
             pairs = zip(places, layout.split(leaf), strict=True)
             return layout.flatten(v if p.present is p.own else p.present for p, v in pairs)
-        names = [f"{kind}s.{name}" for name in layout.names] if values else layout.names
-        leaves = [values.get(n, p.present) for n, p in zip(names, places, strict=True)]
-        if values and own:
+        leaves = [holder[key] for holder, key, _, _ in places]
+        if values:
+            names = [f"{kind}s.{name}" for name in layout.names]
+            leaves = [values.get(n, leaf) for n, leaf in zip(names, leaves, strict=True)]
             pairs = zip(leaves, places, strict=True)
-            own = all([leaf.data_ptr() == place.own.data_ptr() for leaf, place in pairs])
+            own = own and all([leaf.data_ptr() == p.own.data_ptr() for leaf, p in pairs])
         if is_transformed() or not own:
             return layout.flatten(leaves)
         joined: Tensor = Join.apply(layout, memory, *leaves)
@@ -157,10 +185,9 @@ class Memory:
     def refresh(self) -> None:
         """Makes all of one memory again, after leaves were converted, loaded or replaced."""
         if self.leaves == "flat":
-            parameters: Any = self._module._parameters
-            self._build([[parameters[key].detach() for key in keys] for keys in self._keys])
+            self._build([[self._parameters[key].detach() for key in keys] for keys in self._keys])
             return
-        self._trees = {kind: self._module._modules[f"{kind}s"] for kind in KINDS}  # type: ignore[misc]
+        self._trees = {kind: self._modules[f"{kind}s"] for kind in KINDS}  # type: ignore[misc]
         named = {kind: dict(tree.named_parameters()) for kind, tree in self._trees.items()}
         self._build(
             [
@@ -200,10 +227,11 @@ class Memory:
                 for j, part in enumerate(layout.parts):
                     objects[part.name] = self._own(kind, leaf, pair[i], j, layout), part
             if kind not in self._trees:
-                ordered = {name: objects[name][0] for name in self._names}
-                self._trees[kind] = plant(nn.Module(), ordered)
+                # Modules refuse to register views, which then take the places of these.
+                vacant = {name: nn.Parameter(torch.empty(0)) for name in self._names}
+                self._trees[kind] = plant(nn.Module(), vacant)
                 if self.leaves == "named":
-                    self._module.add_module(f"{kind}s", self._trees[kind])
+                    self._modules[f"{kind}s"] = self._trees[kind]
             self._places[kind] = {}
             for name in self._names:
                 path, _, key = name.rpartition(".")
@@ -211,15 +239,19 @@ class Memory:
                 own, part = objects[name]
                 holder[key] = own
                 self._places[kind][name] = Place(holder, key, own, part)
-        self._addresses = self._look()
+        self._by_layout = {
+            (layout, kind): [self._places[kind][name] for name in layout.names]
+            for layout in self._layouts
+            for kind in KINDS
+        }
+        self._note_addresses()
 
     def _flat_leaf(self, key: str, flat: Tensor) -> Leaf:
-        parameters: Any = self._module._parameters
-        leaf = parameters.get(key)
+        leaf = self._parameters.get(key)
         if isinstance(leaf, Leaf):
             leaf.adopt(flat)
         else:
-            leaf = parameters[key] = Leaf(flat, leaf is None or leaf.requires_grad)
+            leaf = self._parameters[key] = Leaf(flat, leaf is None or leaf.requires_grad)
         return leaf
 
     def _own(self, kind: Kind, leaf: Leaf | None, flat: Tensor, index: int, layout: Layout) -> Leaf:
@@ -227,10 +259,10 @@ class Memory:
         part = layout.parts[index]
         if leaf is not None:
             place = self._places.get(kind, {}).get(part.name)
-            if place is None:
-                return NamedView(leaf, index, len(layout.parts), part)
-            place.own.attach(leaf)  # type: ignore[attr-defined]
-            return place.own
+            view = NamedView(leaf, index, len(layout.parts), part)
+            if place is not None:  # whoever holds the former view still writes to this memory
+                place.own.adopt(view.data)
+            return view
         tree = self._trees.get(kind)
         former = None if tree is None else tree.get_parameter(part.name)
         if isinstance(former, Leaf):
@@ -238,14 +270,29 @@ class Memory:
             return former
         return Leaf(alias(flat, part), former is None or former.requires_grad)
 
-    def _look(self) -> list[int]:
-        """Returns where the leaves' memory is."""
-        if self.leaves == "flat":
-            leaves = [self._module._parameters[key] for keys in self._keys for key in keys]
-        else:
-            leaves = [p.own for kind in KINDS for p in self._places[kind].values()]
+    def _has_moved(self) -> bool:
+        """Tells whether the memory of any leaf is another than that of the posterior."""
+        if self.leaves == "named":
+            return any([leaf.data_ptr() != where for leaf, where in self._where])
+        present = [(self._parameters[key], where) for key, where in self._where]
         # What stands in a leaf's place for the time being need not have memory.
-        return [leaf.data_ptr() if isinstance(leaf, Leaf) else 0 for leaf in leaves]
+        return any([isinstance(p, Leaf) and p.data_ptr() != where for p, where in present])
+
+    def _note_addresses(self) -> None:
+        self._where: list[Any] = []
+        self.addresses = {}
+        for layout, keys, pair in zip(self._layouts, self._keys, self._flats, strict=True):
+            for kind, key, flat in zip(KINDS, keys, pair, strict=True):
+                start, width = flat.data_ptr(), flat.element_size()
+                places = self._by_layout[layout, kind]
+                # What is empty has no address.
+                where = [start + width * p.part.offset if p.part.size else 0 for p in places]
+                if self.leaves == "flat":
+                    self._where.append((key, start))
+                else:
+                    self._where += zip([p.own for p in places], where, strict=True)
+                if kind == "mean":
+                    self.addresses.update(zip(layout.names, where, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self), _trees={}, _places={}, _flats=[], _addresses=[])
+        return dict(vars(self), _trees={}, _places={}, _flats=[], _by_layout={}, _where=[])

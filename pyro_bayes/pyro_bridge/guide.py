@@ -88,6 +88,16 @@ class MeanField(AutoNormal):
         self.register_load_state_dict_post_hook(_after_load)
 
     @property
+    def means(self) -> nn.Module:
+        r"""A module of the means :math:`\mu` under the parameters' own names."""
+        return self.memory.means
+
+    @property
+    def logvars(self) -> nn.Module:
+        r"""A module of the log-variances :math:`\log \sigma^2`, likewise."""
+        return self.memory.logvars
+
+    @property
     def locs(self) -> nn.Module:  # type: ignore[override]
         """The means, under the name that the base class gives them."""
         return self.memory.means

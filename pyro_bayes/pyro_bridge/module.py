@@ -98,7 +98,7 @@ class PosteriorModule(PyroModule):
         with self.lock():
             self._pull()
             values: dict[str, Tensor] = dict(self.swap.originals)
-            if not self._is_owner():
+            if ownership.is_former(self._guide):
                 memory = self._guide.memory
                 values |= {c.name: memory.mean(c.name) for c in self.choices if c.included}
             else:
@@ -186,12 +186,10 @@ class PosteriorModule(PyroModule):
     def _tie(self) -> None:
         """Lets the base's included parameters share the memory of the means, if they are ours."""
         originals, memory = self.swap.originals, self._guide.memory
-        for choice in self.choices:
-            if choice.included:
-                original, mean = originals[choice.name], memory.mean(choice.name)
-                moved = original.data_ptr() != mean.data_ptr() or original.shape != mean.shape
-                if moved and ownership.is_owner(self._guide, original):
-                    original.data = mean
+        for name, address in memory.addresses.items():
+            if originals[name].data_ptr() != address:
+                if ownership.is_owner(self._guide, originals[name]):
+                    originals[name].data = memory.mean(name)
 
     def _take_over(self) -> None:
         """Claims the base's parameters, from a former model if there is one."""
@@ -206,13 +204,8 @@ class PosteriorModule(PyroModule):
         self._trained |= {names[id(parameter)] for parameter in trained}
         self._tie()
 
-    def _is_owner(self) -> bool:
-        originals = self.swap.originals
-        included = (originals[c.name] for c in self.choices if c.included)
-        return all([ownership.is_owner(self._guide, original) for original in included])
-
     def _warn_of_new_owner(self) -> None:
-        if not self._is_owner():
+        if ownership.is_former(self._guide):
             warnings.warn(
                 "Expected `base` to be the network of this model's posterior means; got one that a"
                 " later model has taken over. Use `with bnn.mean() as net:` instead.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -127,16 +128,16 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     device = next(objective.parameters()).device
     batches = Batches(loader, name="loader", num_data=objective.num_data, device=device)
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    moments = {name: _Moments(p) for name, p in trained.items()}
+    moments: dict[str, _Moments] = defaultdict(_Moments)
     with undisturbed(objective), torch.enable_grad():
         endless = (batch for _ in range(int(num_gradients)) for batch in batches)
         for batch in islice(endless, int(num_gradients)):
             loss = objective(*batch)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            for moment, parameter, gradient in zip(
-                moments.values(), trained.values(), found, strict=True
-            ):
-                moment.add(torch.zeros_like(parameter) if gradient is None else gradient)
+            for (key, parameter), gradient in zip(trained.items(), found, strict=True):
+                value = torch.zeros_like(parameter) if gradient is None else gradient
+                for name, part in objective.parts(key, value).items():
+                    moments[name].add(part)
     signals = {name: moment.ratio() for name, moment in moments.items()}
     model = objective.model
     posterior = model.guide.posterior()
@@ -180,13 +181,14 @@ def warn_if_unmoved(model: BayesianModel, epochs: int) -> None:
 class _Moments:
     """The mean of gradients, and the trace of their covariance."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self) -> None:
         self._count = 0
-        self._mean = torch.zeros_like(like).detach()
+        self._mean = torch.zeros(())
         self._squares = 0.0
 
     def add(self, gradient: Tensor) -> None:
         self._count += 1
+        self._mean = self._mean if self._count > 1 else torch.zeros_like(gradient)
         change = gradient - self._mean
         self._mean += change / self._count
         self._squares += float((change * (gradient - self._mean)).sum())

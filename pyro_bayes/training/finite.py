@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pyro_bayes.base.checks import is_finite
@@ -21,7 +21,7 @@ def check_parameters(objective: ELBO, when: str, file: str = "") -> None:
         when: When this is, for the message.
         file: What to say about checkpoints.
     """
-    for name, value in objective.named_parameters():
+    for name, value in _named(objective, lambda p: p.detach()):
         if not is_finite(value):
             raise FloatingPointError(
                 f"Expected finite parameters {when}; got others, of which '{name}' is the first."
@@ -57,7 +57,7 @@ def check_step(
     elif torch.isfinite(get_total_norm(gradients)) or all(map(is_finite, gradients)):
         return
     else:
-        names = (n for n, p in objective.named_parameters() if _is_wrong(p.grad))
+        names = (name for name, value in _named(objective, _gradient) if not is_finite(value))
         what = "a gradient that is not"
         where = f"The first parameter with such a gradient is '{next(names)}'."
     raise FloatingPointError(
@@ -66,8 +66,18 @@ def check_step(
     )
 
 
-def _is_wrong(gradient: Tensor | None) -> bool:
-    return gradient is not None and not is_finite(gradient)
+def _named(
+    objective: ELBO, value: Callable[[nn.Parameter], Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Returns a value of each parameter, in the parts that flat parameters consist of."""
+    for name, parameter in objective.named_parameters():
+        own = value(parameter)
+        if own is not None:
+            yield from objective.parts(name, own).items()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    return parameter.grad
 
 
 _ADVICE = "A lower learning rate often helps."

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_bayes.base import processes
 from pyro_bayes.base.checks import is_count
+from pyro_bayes.posterior.leaves import whole_leaves
 from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training.diagnostics import warn_if_unmoved
 from pyro_bayes.training.history import History
@@ -183,7 +184,8 @@ def _check(objective: Any, optimizer: Any, scheduler: Any) -> None:
         )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("Expected scheduler to be one of this optimizer; got one of another.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in (*params, *whole_leaves(params))}
     trains = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     missing = [name for name, p in trains.items() if id(p) not in held]
     if missing:

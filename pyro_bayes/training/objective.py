@@ -199,6 +199,23 @@ class ELBO(nn.Module):
         nll, kl = self.terms(x, y)
         return nll + self.weight * kl
 
+    def parts(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Splits a tensor of the shape of a parameter, such as its gradient.
+
+        Arguments:
+            name: The name of the parameter, as in :meth:`named_parameters`.
+            value: The tensor.
+
+        Returns:
+            The parts of a flat parameter by the names of the parameters that it consists of, and
+            of any other the tensor itself.
+        """
+        prefix, key = "model.guide.", name.removeprefix("model.guide.")
+        if key == name:
+            return {name: value}
+        parts = self.model.guide.memory.parts(key, value)
+        return {prefix + own: part for own, part in parts.items()}
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

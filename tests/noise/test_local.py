@@ -337,8 +337,8 @@ def test_closed_forms_are_the_derivatives(layer, shape, local_trick):
 @pytest.mark.parametrize("frozen", ["means", "logvars", "input"])
 @pytest.mark.parametrize("local_trick", [True, "flipout"])
 def test_gradients_of_some_are_those_among_all(frozen, local_trick):
-    bnn = BayesianModel(nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(9, 2)))
-    x = torch.randn(4, 2, 5, requires_grad=True)
+    net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(9, 2))
+    bnn, x = BayesianModel(net, leaves="named"), torch.randn(4, 2, 5, requires_grad=True)
     sources = {"input": [x], "means": [*bnn.means.parameters()]}
     sources["logvars"] = [*bnn.logvars.parameters()]
 
@@ -400,7 +400,7 @@ def test_signs_are_balanced_and_independent(dtype):
 
 def test_draw_made_without_gradients_has_those_of_a_draw_made_with():
     bnn, found = BayesianModel(nn.Linear(3, 2), init_logvar=-2.0), []
-    parameters = [bnn.means.weight, bnn.logvars.weight]
+    parameters = list(bnn.parameters())
     for early in (False, True):
         torch.manual_seed(1)
         with bnn.reparameterize(local_trick=True) as model:
@@ -437,7 +437,7 @@ def test_gradients_in_a_context_that_was_opened_without(mode, local_trick):
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(during, before.clone())
     for output in (during, weight):
-        gradients = torch.autograd.grad(output.square().sum(), bnn.guide.logvars.weight)
+        gradients = torch.autograd.grad(output.square().sum(), list(bnn.parameters()))
         assert all(gradient.any() for gradient in gradients)
 
 

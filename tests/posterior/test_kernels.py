@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
+from pyro_bayes.posterior.slopes import slopes
 
 from pyro_bayes.posterior import fused, gaussian
 from pyro_bayes.posterior.draws import WeightDraws
-from pyro_bayes.posterior.slopes import slopes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_bayes import ELBO, BayesianModel, svi_model
 from pyro_bayes.likelihoods import Gaussian
+from pyro_bayes.posterior.draws import Flat
 from pyro_bayes.priors import Empirical
 
 RULES = {
@@ -88,9 +89,9 @@ def test_divergence_is_the_least_over_variances(bnn):
             return loss()
 
         optimizer.step(closure)
-        found = bnn._prior_variances.kl_divergences(bnn.guide.posterior())[name]
+        found = bnn.kl_divergences()[name]
         torch.testing.assert_close(found, loss())
-        present = bnn._prior_variances.present(name)
+        present = bnn.guide.variances.present(name)
         torch.testing.assert_close(present, log_var.detach().exp(), rtol=1e-4, atol=0)
 
 
@@ -98,15 +99,10 @@ def test_divergence_is_the_least_over_variances(bnn):
 def test_gradient_is_that_of_finite_differences(net, prior_var, groups):
     bnn = make(net, prior_var)
     parameters = list(bnn.parameters())
+    ((layout, *_),) = bnn.guide.flats()
 
-    def divergence(*values):
-        names = [name for name, _ in bnn.named_parameters()]
-        posterior = dict(zip(names, values, strict=True))
-        pairs = {
-            name: (posterior[f"guide.means.{name}"], posterior[f"guide.logvars.{name}"])
-            for name in bnn.guide.posterior()
-        }
-        return bnn._prior_variances.kl_divergence(pairs)
+    def divergence(mean, logvar):
+        return bnn.guide.variances.kl_divergence([Flat(layout, mean, logvar)])
 
     values = [p.detach().clone().requires_grad_() for p in parameters]
     assert torch.autograd.gradcheck(divergence, values)
@@ -217,7 +213,7 @@ def test_training_finds_the_evidence_of_a_linear_model():
 
     optimizer.step(closure)
     expected = y.square().mean() - 0.25  # maximises the density of y ~ N(0, σ_p² + 0.25)
-    present = bnn._prior_variances.present("theta")
+    present = bnn.guide.variances.present("theta")
     torch.testing.assert_close(present, expected, rtol=1e-4, atol=0)
 
 
@@ -260,8 +256,9 @@ def test_values_from_the_param_store_count(bnn):
     changed = {k: (v * 3).detach() for k, v in state["params"].items()}
     pyro.get_param_store().set_state({"params": changed, "constraints": state["constraints"]})
     trace = poutine.trace(bnn.prior).get_trace()
-    mean = changed[f"{bnn.guide.store_name}.means.0.weight"]
-    logvar = changed[f"{bnn.guide.store_name}.logvars.0.weight"]
+    mean = bnn.means.get_parameter("0.weight").detach()
+    logvar = bnn.logvars.get_parameter("0.weight").detach()
+    assert torch.equal(changed[f"{bnn.guide.store_name}.mean"][: mean.numel()], mean.flatten())
     expected = (mean**2 + logvar.exp()).mean().expand_as(mean)
     torch.testing.assert_close(trace.nodes["0.weight"]["fn"].variance, expected)
     assert bnn.kl_divergence().item() != before
@@ -269,7 +266,7 @@ def test_values_from_the_param_store_count(bnn):
 
 def test_predictive_and_nuts_use_the_present_variance(net):
     bnn = make(net, "empirical")
-    variance = bnn._prior_variances.present("0.weight")
+    variance = bnn.guide.variances.present("0.weight")
     draws = Predictive(bnn.prior, num_samples=500)()["0.weight"]
     assert draws.square().mean().item() == pytest.approx(variance.item(), rel=0.1)
     assert draws.shape == (500, 8, 3)
@@ -281,11 +278,11 @@ def test_predictive_and_nuts_use_the_present_variance(net):
     value = {name: draw[-1] for name, draw in mcmc.get_samples().items()}
     energy = kernel.potential_fn(value)
     expected = sum(
-        -Normal(0.0, bnn._prior_variances.present(n).sqrt()).log_prob(v).sum()
+        -Normal(0.0, bnn.guide.variances.present(n).sqrt()).log_prob(v).sum()
         for n, v in value.items()
     )
     torch.testing.assert_close(energy, expected)
-    torch.testing.assert_close(bnn._prior_variances.present("0.weight"), variance)
+    torch.testing.assert_close(bnn.guide.variances.present("0.weight"), variance)
 
 
 def test_particles_and_svi(net, data):
@@ -356,10 +353,10 @@ def test_patterns(net):
     ]
     priors = {row.parameter: row.prior for row in bnn.summary().rows}
     assert priors["0.bias"] == priors["2.bias"] == "N(0, 0.5)"
-    present = bnn._prior_variances.present("2.weight").item()
+    present = bnn.guide.variances.present("2.weight").item()
     assert priors["2.weight"] == f"N(0, {present:.3g}), empirical"
     several = BayesianModel(net, prior_var={"*.weight": Empirical(each=1), "": 1.0})
-    low, high = several._prior_variances.present("0.weight").aminmax()
+    low, high = several.guide.variances.present("0.weight").aminmax()
     row = several.summary().rows[0]
     assert row.prior == f"N(0, {low:.3g} to {high:.3g}), empirical"
 
@@ -370,14 +367,14 @@ def test_numbers_by_pattern_share_the_fast_path(net):
         for value in (0.3, {"0.": 0.3, "2.": 0.3})
     )
     assert one.kl_divergence() == two.kl_divergence()
-    assert str(one._prior_variances) == str(two._prior_variances) == "0.3"
+    assert str(one.guide.variances) == str(two.guide.variances) == "0.3"
 
 
 def test_tied_parameters_match_by_any_name():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     bnn = BayesianModel(net, prior_var={"1.weight": 2.0, "": 1.0})
-    assert bnn._prior_variances.rules == {"0.weight": 2.0, "0.bias": 1.0, "1.bias": 1.0}
+    assert bnn.guide.variances.rules == {"0.weight": 2.0, "0.bias": 1.0, "1.bias": 1.0}
 
 
 ERRORS = {

@@ -140,7 +140,7 @@ CASES = {
     "objective": (put(objective=nn.Linear(1, 1)), TypeError, "objective to be an ELBO; got Linear"),
     "no optimizer": (put(optimizer=None), TypeError, "optimizer to be a torch optimiser"),
     "several gradients per step": (lbfgs, TypeError, "one gradient per step; got LBFGS"),
-    "optimizer of the base": (base_parameters, ValueError, r"without \['model.guide.means.0.wei"),
+    "optimizer of the base": (base_parameters, ValueError, r"without \['model.guide.mean'"),
     "optimizer without the likelihood": (
         learned_likelihood,
         ValueError,
