@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_base, is_number
 from pyro_bayes.base.selection import select
-from pyro_bayes.base.swap import undisturbed
+from pyro_bayes.base.state import undisturbed
 from pyro_bayes.noise.context import context_noise
 from pyro_bayes.noise.tensors import of_posterior
 from pyro_bayes.posterior import fused
@@ -304,17 +304,19 @@ class BayesianModel(LiftedModule):
             >>> total = (prediction.variance + 0.1**2).sqrt()  # with the noise of the likelihood
         """
         warn_if_stale(self)
-        return predict(
-            self,
-            x,
-            num_samples,
-            statistics=statistics,
-            quantiles=quantiles,
-            function=function,
-            chunk_size=chunk_size,
-            generator=generator,
-            progress=progress,
-        )
+        with self._lock():
+            parts = self._base, self._guide.posterior(), self._hold
+            return predict(
+                *parts,
+                x,
+                num_samples,
+                statistics=statistics,
+                quantiles=quantiles,
+                function=function,
+                chunk_size=chunk_size,
+                generator=generator,
+                progress=progress,
+            )
 
     def kl_divergence(self, prior_var: PriorVar | None = None) -> Tensor:
         r"""Computes the KL divergence between the posterior and the prior in closed form.
@@ -388,7 +390,10 @@ class BayesianModel(LiftedModule):
                 values, _ = of_posterior(self._guide.posterior(), noise)
                 with self._hold(values) as base:
                     call(base)
-        return summarize(self, self._prior_variances, uses)
+        title = f"{type(self).__name__} of {type(self._base).__name__}"
+        parts = self._choices, self._swap.originals, self._guide.posterior()
+        describe = self._prior_variances.describe
+        return summarize(title, self._guide.store_name, *parts, describe, uses)
 
     def _replaced(self) -> None:
         self._latest.put(None, {})  # conversions leave no trace

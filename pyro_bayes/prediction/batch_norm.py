@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from pyro_bayes.model import BayesianModel
-    from pyro_bayes.pyro_bridge.module import TiedModule
-
-Stamp: TypeAlias = tuple[int, ...]
-
-_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
+from pyro_bayes.base.freshness import Model, is_fresh, mark, running_norms
+from pyro_bayes.base.state import Buffers
+from pyro_bayes.prediction.batches import arguments, each_batch
 
 
-def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
+class Reparameterized(Model, Protocol):
+    """What is known of a model here: that its base can hold a draw."""
+
+    def reparameterize(self) -> AbstractContextManager[nn.Module]:
+        """Holds a draw in the base, as :meth:`pyro_bayes.BayesianModel.reparameterize` does."""
+
+
+def update_batch_norm(bnn: Reparameterized, loader: Iterable[Any]) -> None:
     r"""Computes the running statistics of batch norms anew, under the posterior as it is now.
 
     What training leaves are running averages over the last few draws, from posteriors that have
@@ -50,59 +54,36 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
         >>> bnn.base[1].num_batches_tracked
         tensor(10)
     """
-    from pyro_bayes.prediction.predict import batches
-
-    norms = _norms(bnn)
+    norms = running_norms(bnn)
     if not norms:
         return
-    before = [
-        (norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms
-    ]
-    count = 0
+    buffers, momenta = Buffers(norms), [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
-        for call in batches(loader, None):
+        for x in each_batch(loader):
+            args, kwargs = arguments(x)
             with bnn.reparameterize() as base, torch.no_grad():
                 base.eval()
                 for norm in norms:
                     norm.train()
-                call(base)
-            count += 1
-        if not count:
-            raise ValueError("Expected loader to have at least one batch; got none.")
+                base(*args, **kwargs)
         if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
             raise ValueError(
                 "Expected statistics that are finite; got nan or inf. Are the inputs and the"
                 " posterior finite?"
             )
     except BaseException:
-        for _, buffers in before:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        buffers.restore()
         raise
     finally:
-        for norm, (momentum, _) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    bnn._stamp = stamp(bnn)
+    mark(bnn)
 
 
-def stamp(model: TiedModule) -> Stamp:
-    """Returns what differs after a parameter or a statistic has changed.
-
-    Optimisers that are fused do not count their changes, but training does count batches.
-
-    Arguments:
-        model: The model.
-    """
-    norms = _norms(model)
-    if not norms:
-        return ()
-    return model._versions() + tuple(int(norm.num_batches_tracked) for norm in norms)
-
-
-def warn_if_stale(model: TiedModule) -> None:
+def warn_if_stale(model: Model) -> None:
     """Warns if a batch norm is about to use statistics of other parameters.
 
     Arguments:
@@ -111,15 +92,10 @@ def warn_if_stale(model: TiedModule) -> None:
     Warns:
         UserWarning: If so.
     """
-    if any(not norm.training for norm in _norms(model)) and model._stamp != stamp(model):
+    if any(not norm.training for norm in running_norms(model)) and not is_fresh(model):
         warnings.warn(
             "Expected batch norms whose running statistics belong to the posterior; got some from"
             " before it last changed. Call"
             " `pyro_bayes.prediction.batch_norm.update_batch_norm(bnn, loader)` after training.",
             stacklevel=3,
         )
-
-
-def _norms(model: TiedModule) -> list[Any]:
-    modules = model._base.modules()
-    return [m for m in modules if isinstance(m, _NORMS) and m.running_mean is not None]

@@ -14,9 +14,9 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bayes.base.freshness import is_fresh, mark
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
-from pyro_bayes.prediction.batch_norm import Stamp, stamp
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
@@ -75,7 +75,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
-        self._stamp: Stamp | None = stamp(self)
+        mark(self)
 
     @property
     def means(self) -> nn.Module:
@@ -225,12 +225,6 @@ class TiedModule(PyroModule):
     def _stored(self) -> dict[str, nn.Parameter]:
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
-    def _versions(self) -> tuple[int, ...]:
-        """Returns torch's counts of changes in place of each parameter."""
-        posterior = (p for pair in self._guide.posterior().values() for p in pair)
-        excluded = (self._swap.originals[c.name] for c in self._choices if not c.included)
-        return tuple(parameter._version for parameter in (*posterior, *excluded))
-
     def _pull(self) -> None:
         self._guide.posterior()
         store.pull(self._stored)
@@ -269,10 +263,10 @@ class TiedModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
-        fresh = self._stamp == stamp(self)
+        fresh = is_fresh(self)
         super()._apply(fn, recurse)
         self._replaced()
-        self._stamp = stamp(self) if fresh else None
+        mark(self, fresh=fresh)
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -286,7 +280,7 @@ class TiedModule(PyroModule):
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
         # Counters of changes start anew in a copy.
-        state = dict(super().__getstate__(), _stamp=self._stamp == stamp(self))
+        state = dict(super().__getstate__(), _fresh=is_fresh(self))
         return {key: value for key, value in state.items() if key not in ("_mutex", "_swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -294,7 +288,7 @@ class TiedModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
-        self._stamp = stamp(self) if state["_stamp"] else None
+        mark(self, fresh=vars(self).pop("_fresh"))
 
 
 def _forget(key: int, _: Any) -> None:
@@ -321,7 +315,7 @@ def _add_included(model: TiedModule, state: dict[str, Any], prefix: str, *_: Any
 
 def _after_load(model: TiedModule, keys: Any) -> None:
     model._replaced()
-    model._stamp = stamp(model)
+    mark(model)
     # What is missing of the included parameters is missing of the means, and named there.
     missing = set(keys.missing_keys)
     for choice in model._choices:
