@@ -15,7 +15,8 @@ from pyro_bayes import likelihoods
 from pyro_bayes.evaluation import evaluate
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.training import fit
-from pyro_bayes.training.objective import ELBO, svi_model
+from pyro_bayes.training.objective import ELBO
+from pyro_bayes.training.svi_model import svi_model
 
 __all__ = ["ELBO", "BayesianModel", "evaluate", "fit", "likelihoods", "svi_model"]
 

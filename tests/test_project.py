@@ -93,6 +93,34 @@ def test_modules_stay_small():
         assert len(path.read_text().splitlines()) <= 400, path.name
 
 
+# From the bottom: a room imports what stands before it, and rooms of one floor each other.
+FLOORS = (
+    {"base"},
+    {"posterior", "priors", "noise"},
+    {"pyro_bridge"},
+    {"prediction"},
+    {"likelihoods"},
+    {"model"},
+    {"training"},
+    {"evaluation"},
+    {"demo"},
+)
+
+
+def test_rooms_stand_on_those_below():
+    """Also for types: what is imported for a checker only is an import here."""
+    floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    for path in (ROOT / "pyro_bayes").rglob("*.py"):
+        room = path.relative_to(ROOT / "pyro_bayes").parts[0].removesuffix(".py")
+        nodes = ast.walk(ast.parse(path.read_text()))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        modules = [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
+        for module in modules if room in floors else ():
+            package, part, *_ = module.split(".")
+            above = package == "pyro_bayes" and floors.get(part, -1) > floors[room]
+            assert not above, f"{path.name} imports {module}"
+
+
 def test_no_assert_on_input():
     for path in (ROOT / "pyro_bayes").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -138,12 +166,12 @@ def test_private_parts_of_torch_and_pyro_are_where_we_use_them():
         torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)  # flat
     ):
         assert not side_by_side.view(3, 1)._is_view()
-    assert side_by_side._version == 0  # fused
+    assert side_by_side._version == 0  # fused, state
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # noise
     assert torch._C._functorch.maybe_current_level() is None  # noise
     assert torch.autograd.forward_ad._current_level == -1  # flat
     assert torch._C._autograd._get_current_graph_task_keep_graph()  # flat
-    assert linear._buffers == {}  # prior
+    assert linear._buffers == {}  # prior, state
     assert linear.weight._backward_hooks is None  # scores
     assert callable(torch.ops.aten.convolution_backward)  # rules.convolution
     assert whole_graphs_are_told_from_parts() == [True, False]

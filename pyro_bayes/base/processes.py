@@ -61,11 +61,11 @@ def gather(value: Any, device: torch.device) -> list[Any]:
         value: What this one has, any object that can be pickled.
         device: A device that the processes' backend can reach.
     """
-    found = [value] * count()
+    values = [value] * count()
     if count() > 1:
         with _on(device):
-            distributed.all_gather_object(found, value)
-    return found
+            distributed.all_gather_object(values, value)
+    return values
 
 
 def wait(device: torch.device) -> None:

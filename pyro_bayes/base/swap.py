@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _MISSING: Any = object()
@@ -170,21 +169,3 @@ class Swap:
 
 def _referent(item: Any) -> Any:
     return item() if isinstance(item, weakref.ref) else item
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Gives a module its buffers back, and torch its random numbers.
-
-    Arguments:
-        module: The module.
-    """
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    devices = {b.device for b in (*module.parameters(), *module.buffers()) if b.is_cuda}
-    try:
-        with torch.random.fork_rng(sorted(d.index for d in devices)):
-            yield
-    finally:
-        for name, buffer in module.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])

@@ -103,8 +103,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="train for a few steps only, as a quick check")
     arguments = parser.parse_args(argv)
     if (arguments.data is None) != (arguments.target is None):
-        given = "--target" if arguments.data is None else "--data"
-        raise InputError(f"Expected --data and --target together; got {given} alone.")
+        option = "--target" if arguments.data is None else "--data"
+        raise InputError(f"Expected --data and --target together; got {option} alone.")
     return arguments
 
 

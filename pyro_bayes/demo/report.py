@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+
+from pyro_bayes.base.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,18 @@ def show(title: str, scores: dict[str, Score], *, error: str, calibration: str) 
         error: What the error is.
         calibration: What the measure of calibration is.
     """
-    table = Table(box=box.SIMPLE_HEAD)
-    for header in ("", "log-likelihood", error, calibration):
-        table.add_column(header, justify="right" if header else "left")
-    for name, score in scores.items():
-        table.add_row(name, _mean(score.log_likelihoods), score.error, score.calibration)
+    headers = ("", "log-likelihood", error, calibration)
+    rows = [
+        (name, _mean(score.log_likelihoods), score.error, score.calibration)
+        for name, score in scores.items()
+    ]
+    print_table(title, headers, rows, right=headers[1:])
     plain, bayesian, *_ = (score.log_likelihoods for score in scores.values())
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(title, table, sep="\n")
-    console.print("Log-likelihood in nats per example, ± a standard error.")
     gain = _mean(bayesian - plain, sign="+")
-    console.print(f"The Bayesian net gains {gain} over the same net without Bayes.\n")
+    print(
+        "Log-likelihood in nats per example, ± a standard error.\n"
+        f"The Bayesian net gains {gain} over the same net without Bayes.\n"
+    )
 
 
 def _mean(values: Tensor, *, sign: str = "") -> str:

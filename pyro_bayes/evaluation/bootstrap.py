@@ -91,11 +91,11 @@ class Bootstrap:
         Returns:
             The means, of shape :math:`(1 + R, *)`.
         """
-        weights, found = self.weights(x[0]), x[0].new_zeros(self.views, *x[0].shape[1:])
+        weights, means = self.weights(x[0]), x[0].new_zeros(self.views, *x[0].shape[1:])
         for weight, *element in zip(weights.T, *x, strict=True):
             rows = torch.tensordot(weights, kernel(*x, *element), 1)
-            found += weight.view(-1, *[1] * (found.dim() - 1)) * rows
-        return found
+            means += weight.view(-1, *[1] * (means.dim() - 1)) * rows
+        return means
 
     @staticmethod
     def error(statistic: Tensor) -> Tensor:

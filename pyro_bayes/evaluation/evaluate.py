@@ -9,22 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.checks import check_count, check_levels, check_type
 from pyro_bayes.base.extras import require
+from pyro_bayes.base.state import evaluating
 from pyro_bayes.evaluation import metrics
 from pyro_bayes.evaluation.bootstrap import Bootstrap
-from pyro_bayes.evaluation.passes import (
-    Draws,
-    Records,
-    check_type,
-    check_whole,
-    evaluating,
-    joined,
-)
+from pyro_bayes.evaluation.passes import Draws, Records, joined
 from pyro_bayes.evaluation.records import score, uncertainties
 from pyro_bayes.evaluation.result import Evaluation, Row
 from pyro_bayes.likelihoods import Likelihood
-from pyro_bayes.model import BayesianModel
+from pyro_bayes.prediction.predict import Predictor
 
 _REPLICATES = 50
 
@@ -42,7 +36,7 @@ class Metric(NamedTuple):
 
 
 def evaluate(
-    bnn: BayesianModel,
+    bnn: Predictor,
     likelihood: Likelihood,
     loader: Iterable[Any],
     num_samples: int = 100,
@@ -56,7 +50,8 @@ def evaluate(
     r"""Scores the predictions of a model on examples that it was not trained on.
 
     The prediction is :class:`~pyro_bayes.likelihoods.predictive.Predictive`, the even mixture over
-    draws from the posterior. All batches meet the same draws, and the base is in evaluation mode meanwhile.
+    draws from the posterior. All batches meet the same draws, and the base is in evaluation mode
+    meanwhile.
 
     Of every likelihood:
 
@@ -121,6 +116,7 @@ def evaluate(
             input does not fit the likelihood or is not finite, or a prediction is not a number.
 
     Example:
+        >>> from pyro_bayes import BayesianModel
         >>> from pyro_bayes.likelihoods import Gaussian
         >>> bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-4.0), torch.randn(50, 3)
         >>> y = bnn.base(x).detach() + 0.1 * torch.randn(50, 1)
@@ -132,9 +128,9 @@ def evaluate(
     """
     require("torchmetrics", extra="metrics")
     check_type("likelihood", likelihood, Likelihood)
-    check_whole("bins", bins, least=1)
-    levels = tuple(levels) if isinstance(levels, Iterable) else (levels,)
-    if not all(is_number(level) and 0 < level < 1 for level in levels) or _repeats(levels):
+    check_count("bins", bins)
+    levels = check_levels("levels", levels)
+    if _repeats(levels):
         raise ValueError(f"Expected levels to be different numbers between 0 and 1; got {levels}.")
     draws = Draws(bnn, num_samples, chunk_size=chunk_size, generator=generator)
     views = Bootstrap(num_samples, replicates=_REPLICATES, seed=0)
@@ -152,8 +148,8 @@ def evaluate(
     table = _metrics(records, levels, bins)
     examples = dict.fromkeys(records, Bootstrap(count, replicates=_REPLICATES, seed=0))
     for name, record in others.items():
-        apart = Bootstrap(record.shape[1], replicates=_REPLICATES, seed=1000)
-        records[f"ood {name}"], examples[f"ood {name}"] = record, apart
+        records[f"ood {name}"] = record
+        examples[f"ood {name}"] = Bootstrap(record.shape[1], replicates=_REPLICATES, seed=1000)
         table[f"auroc_{name}"] = Metric((name, f"ood {name}"), metrics.auroc)
     return Evaluation(
         [_row(name, metric, records, examples) for name, metric in table.items()],
@@ -177,16 +173,16 @@ def _metrics(records: Records, levels: Sequence[float], bins: int) -> dict[str, 
                 calibration, partial(metrics.adaptive_calibration_error, bins=bins)
             ),
         }
-    found = {
+    table = {
         "nll": nll,
         "rmse": Metric(("mean", "y"), _root_mean_squared_error),
         "crps": Metric(("crps",), torch.mean),
         "pit_deviation": Metric(("pit",), metrics.pit_deviation),
     }
     for level in levels:
-        found[f"coverage@{level:g}"] = Metric((f"in@{level:g}",), torch.mean)
-        found[f"width@{level:g}"] = Metric((f"width@{level:g}",), torch.mean)
-    return found
+        table[f"coverage@{level:g}"] = Metric((f"in@{level:g}",), torch.mean)
+        table[f"width@{level:g}"] = Metric((f"width@{level:g}",), torch.mean)
+    return table
 
 
 def _row(name: str, metric: Metric, records: Records, examples: Mapping[str, Bootstrap]) -> Row:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.checks import check_type
 from pyro_bayes.base.extras import require
 from pyro_bayes.base.selection import select
-from pyro_bayes.evaluation.passes import Draws, check_type, evaluating, joined, log_probs
+from pyro_bayes.base.state import draw_seed, evaluating, seeded
+from pyro_bayes.evaluation.passes import Draws, joined, log_probs
 from pyro_bayes.likelihoods import Likelihood
-from pyro_bayes.likelihoods.predictive import Predictive, seeded
+from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.model import BayesianModel
 
 
@@ -104,16 +106,16 @@ def to_arviz(
         check_type("likelihood", likelihood, Likelihood)
         with evaluating(bnn.base):
             pairs = draws.of_pairs(likelihood, loader)
-            found = joined("loader", (_of_batch(p, y, draws.noise) for p, y in pairs))
-        groups["posterior_predictive"] = {"y": _chain(found["sample"])}
-        groups["log_likelihood"] = {"y": _chain(found["log_prob"])}
-        groups["observed_data"] = {"y": _array(found["y"][0])}
+            records = joined("loader", (_of_batch(p, y, draws.noise) for p, y in pairs))
+        groups["posterior_predictive"] = {"y": _chain(records["sample"])}
+        groups["log_likelihood"] = {"y": _chain(records["log_prob"])}
+        groups["observed_data"] = {"y": _array(records["y"][0])}
     return _packed(groups)
 
 
 def _of_batch(predictive: Predictive, y: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
     _, log_prob = log_probs(predictive, y)
-    with seeded(int(torch.randint(2**63 - 1, (), generator=noise))):
+    with seeded(draw_seed(noise)):
         sample = predictive.mixture.sample()
     if not y.is_floating_point():  # ArviZ plots integers otherwise than real numbers
         sample = sample.to(y.dtype)

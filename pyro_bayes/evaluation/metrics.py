@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.extras import require
 
 
@@ -190,7 +190,6 @@ def _checked(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Te
             "Expected confidence and correct to be of one shape (N,), with a number for each of N"
             f" examples; got {tuple(confidence.shape)} and {tuple(correct.shape)}."
         )
-    if not is_count(bins):
-        raise ValueError(f"Expected bins to be an integer of at least 1; got {bins!r}.")
+    check_count("bins", bins)
     wide = torch.promote_types(confidence.dtype, torch.float32)
     return confidence.to(wide), correct.long()

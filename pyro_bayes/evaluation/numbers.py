@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
+from pyro_bayes.base.state import draw_seed, seeded
 from pyro_bayes.evaluation.bootstrap import Bootstrap
-from pyro_bayes.likelihoods.predictive import Predictive, seeded
+from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import elementary
 
 
@@ -39,21 +40,21 @@ def score(
     tails = [tail for level in levels for tail in ((1 - level) / 2, (1 + level) / 2)]
     ends = predictive.quantile(tails)
     place = torch.rand(draws.views, *y.shape, generator=generator).to(y)
-    with seeded(int(torch.randint(2**63 - 1, (), generator=generator))):
+    with seeded(draw_seed(generator)):
         samples = element.sample()
     try:
         pit, moves = _exact(element, y, place, ends, tails, draws)
     except NotImplementedError:  # flows have no distribution function
         pit, moves = _sampled(samples, y, place, tails, draws)
-    found = {"mean": draws.means(element.mean), "pit": pit}
+    scores = {"mean": draws.means(element.mean), "pit": pit}
     if isinstance(element, Normal):
-        found["crps"] = gaussian_crps(element.loc, element.scale, y, draws)
+        scores["crps"] = gaussian_crps(element.loc, element.scale, y, draws)
     else:
-        found["crps"] = sample_crps(samples, y, draws)
+        scores["crps"] = sample_crps(samples, y, draws)
     for i, level in enumerate(levels):
         low, high = ((ends + moves)[:, j] for j in (2 * i, 2 * i + 1))
-        found |= {f"in@{level:g}": (low <= y) & (y <= high), f"width@{level:g}": high - low}
-    return found
+        scores |= {f"in@{level:g}": (low <= y) & (y <= high), f"width@{level:g}": high - low}
+    return scores
 
 
 def gaussian_crps(mean: Tensor, scale: Tensor, y: Tensor, draws: Bootstrap) -> Tensor:
@@ -146,7 +147,7 @@ def _sampled(
     samples: Tensor, y: Tensor, place: Tensor, tails: Sequence[float], draws: Bootstrap
 ) -> tuple[Tensor, Tensor]:
     """Returns the same, estimated from one sample of each draw."""
-    below, ties = (draws.means(found.to(y)) for found in (samples < y, samples == y))
+    below, ties = (draws.means(hits.to(y)) for hits in (samples < y, samples == y))
     pit = (draws.size * below + place * (draws.size * ties + 1)) / (draws.size + 1)
     levels = samples.new_tensor(tails)
     views = (samples[draws.indices(view).to(samples.device)] for view in range(draws.views))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
-from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.checks import check_count, check_generator
+from pyro_bayes.base.state import draw_seed
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import fit_target
-from pyro_bayes.model import BayesianModel
-from pyro_bayes.prediction.batches import Batches
+from pyro_bayes.prediction.batches import Batches, EmptyLoaderError, each_batch
+from pyro_bayes.prediction.predict import Predictor
 
 Records = dict[str, Tensor]
 """Tensors by name, whose second dimension counts examples."""
@@ -40,22 +39,20 @@ class Draws:
 
     def __init__(
         self,
-        bnn: BayesianModel,
+        bnn: Predictor,
         num_samples: int,
         *,
         chunk_size: int | None,
         generator: torch.Generator | None,
     ) -> None:
-        check_type("bnn", bnn, BayesianModel)
-        if generator is not None:
-            check_type("generator", generator, torch.Generator)
-        check_whole("num_samples", num_samples, least=2)
+        if not isinstance(bnn, Predictor):
+            raise TypeError(f"Expected bnn to be a BayesianModel; got {type(bnn).__name__}.")
+        check_generator(generator)
+        check_count("num_samples", num_samples, least=2)
         self._bnn, self._num_samples, self._chunk_size = bnn, num_samples, chunk_size
         self._device = next(bnn.parameters()).device
-        source = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (2,), generator=generator, device=source)
-        self._seed, noise = seeds.tolist()
-        self.noise = torch.Generator().manual_seed(noise)
+        self._seed = draw_seed(generator)
+        self.noise = torch.Generator().manual_seed(draw_seed(generator))
 
     def generator(self) -> torch.Generator:
         """Returns a generator from which a prediction gets these draws."""
@@ -92,16 +89,10 @@ class Draws:
 
         Raises:
             TypeError: If they are not batches.
+            ValueError: If there is none, or one has more than two parts.
         """
-        if not isinstance(ood, Iterable) or isinstance(ood, Tensor | Mapping):
-            raise TypeError(
-                f"Expected ood to give batches, pairs (x, y) or x; got {type(ood).__name__}. Pass"
-                " one batch in a list: ood=[x]."
-            )
-        for batch in ood:
-            x = batch[0] if isinstance(batch, list | tuple) and len(batch) in (1, 2) else batch
-            x = tuple(x) if type(x) is list else x
-            yield self._predict(likelihood, tree_map_only(Tensor, self._moved, x))
+        for x in each_batch(ood, name="ood", device=self._device):
+            yield self._predict(likelihood, x)
 
     def _predict(self, likelihood: Likelihood, x: Any) -> Predictive:
         return likelihood.predictive(
@@ -111,9 +102,6 @@ class Draws:
             generator=self.generator(),
             chunk_size=self._chunk_size,
         )
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device)
 
 
 def log_probs(predictive: Predictive, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,14 +119,14 @@ def log_probs(predictive: Predictive, y: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If a target does not fit, or a log-density is not a number.
     """
     y = fit_target(y, predictive.mixture)
-    found = predictive.mixture.log_prob(y)
-    if found.isnan().any():
+    log_prob = predictive.mixture.log_prob(y)
+    if log_prob.isnan().any():
         raise ValueError(
             "Expected predictions that are numbers; got nan for example"
-            f" {int(found.isnan().nonzero()[0, 1])}. Are the parameters of model and likelihood"
+            f" {int(log_prob.isnan().nonzero()[0, 1])}. Are the parameters of model and likelihood"
             " finite?"
         )
-    return y, found
+    return y, log_prob
 
 
 def joined(name: str, batches: Iterable[Records]) -> Records:
@@ -149,8 +137,8 @@ def joined(name: str, batches: Iterable[Records]) -> Records:
         batches: The records of each batch.
 
     Raises:
-        ValueError: If there is no batch. Errors of this type are raised again, with the batch in
-            their message.
+        ValueError: If there is no batch. Other errors of this type are raised again, with the batch
+            in their message.
     """
     parts: list[Records] = []
     iterator = iter(batches)
@@ -159,38 +147,9 @@ def joined(name: str, batches: Iterable[Records]) -> Records:
             part = next(iterator)
         except StopIteration:
             break
+        except EmptyLoaderError:
+            raise
         except ValueError as error:
             raise ValueError(f"{error} (This is batch {len(parts)} of {name}.)") from error
         parts.append({key: record.cpu() for key, record in part.items()})
-    if not parts:
-        raise ValueError(f"Expected {name} to have at least one batch; got none.")
     return {key: torch.cat([part[key] for part in parts], 1) for key in parts[0]}
-
-
-@contextmanager
-def evaluating(base: nn.Module) -> Iterator[None]:
-    """Keeps a base in evaluation mode, and its gradients off, while the context is open.
-
-    Arguments:
-        base: The base.
-    """
-    modes = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def check_type(name: str, value: Any, kind: type) -> None:
-    """Raises a `TypeError` unless an argument is of a type."""
-    if not isinstance(value, kind):
-        raise TypeError(f"Expected {name} to be a {kind.__name__}; got {type(value).__name__}.")
-
-
-def check_whole(name: str, value: Any, *, least: int) -> None:
-    """Raises a `ValueError` unless an argument is an integer, and large enough."""
-    if not is_count(value, least=least):
-        raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")

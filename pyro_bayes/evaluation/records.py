@@ -41,11 +41,11 @@ def score(
         :func:`numbers.score` returns.
     """
     y, log_prob = log_probs(predictive, y)
-    found = {"y": y.unsqueeze(0), "log_prob": draws.log_means(log_prob)}
-    found |= uncertainties(predictive, draws)
+    record = {"y": y.unsqueeze(0), "log_prob": draws.log_means(log_prob)}
+    record |= uncertainties(predictive, draws)
     element = elementary(predictive.mixture)
     if not isinstance(element, Bernoulli | Categorical):
-        return found | numbers.score(predictive, y, draws, levels, generator)
+        return record | numbers.score(predictive, y, draws, levels, generator)
     probs, labels = draws.means(element.probs), y.long()
     if isinstance(element, Bernoulli):
         probs = torch.stack([1 - probs, probs], -1)
@@ -53,7 +53,7 @@ def score(
     brier = torch.stack([brier_score(view, labels) for view in probs])
     correct = predicted == labels
     classes = {"y": labels[None], "predicted": predicted, "confidence": confidence}
-    return found | classes | {"correct": correct, "brier": brier}
+    return record | classes | {"correct": correct, "brier": brier}
 
 
 def uncertainties(predictive: Predictive, draws: Bootstrap) -> Records:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_bayes.base.tables import print_table
+from pyro_bayes.base.tables import print_table, text_table
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,7 @@ class Evaluation(Mapping[str, float]):
         print_table(self._title, _HEADERS, self._cells(), right=_HEADERS[1:])
 
     def __repr__(self) -> str:
-        cells = [_HEADERS, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(pairs))
-            for pairs in (zip(row, widths, strict=True) for row in cells)
-        ]
-        return "\n".join([self._title, *lines])
+        return f"{self._title}\n{text_table(_HEADERS, self._cells(), right=_HEADERS[1:])}"
 
     @property
     def _title(self) -> str:

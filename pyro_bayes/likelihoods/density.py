@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from pyro_bayes.base.state import draw_seed, fingerprint, seeded
 from pyro_bayes.likelihoods.likelihood import Likelihood
-from pyro_bayes.likelihoods.predictive import Predictive, seeded
+from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values
-
-if TYPE_CHECKING:
-    from pyro_bayes.model import BayesianModel
+from pyro_bayes.prediction.predict import Predictor
 
 _MOMENT_SAMPLES = 256
 
@@ -55,7 +54,7 @@ class Density(Likelihood):
 
     def predictive(
         self,
-        bnn: BayesianModel,
+        bnn: Predictor,
         x: Any,
         num_samples: int = 100,
         *,
@@ -68,13 +67,13 @@ class Density(Likelihood):
                 f" {type(x).__name__}. Predict batch by batch."
             )
         source = torch.default_generator if generator is None else generator
-        state, fingerprint = source.get_state(), bnn.fingerprint()
-        seed = int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
+        state, before = source.get_state(), fingerprint(bnn.parameters())
+        seed = draw_seed(source)
 
         def evaluate(
             function: Callable[[Distribution], Any], draws: int = num_samples, *, samples: bool
         ) -> Any:
-            if bnn.fingerprint() != fingerprint:
+            if fingerprint(bnn.parameters()) != before:
                 raise RuntimeError(
                     "Expected the model as it was when predictive() was called; got one that has"
                     " changed since. A density is evaluated when asked for: call it again."
@@ -147,5 +146,5 @@ class _Densities(Distribution):
             return mean, variance
 
         with seeded(self._seed):
-            found: tuple[Tensor, Tensor] = self._evaluate(moments, samples=True)
-        return found
+            of_draws: tuple[Tensor, Tensor] = self._evaluate(moments, samples=True)
+        return of_draws

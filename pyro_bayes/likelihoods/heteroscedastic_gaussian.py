@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch.nn.functional as F
 from torch.distributions import Distribution
 
-from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.checks import check_positive
 from pyro_bayes.likelihoods.likelihood import Likelihood
 
 
@@ -46,8 +46,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     def __init__(self, *, min_scale: float = 1e-4) -> None:
         super().__init__()
-        if not is_number(min_scale) or not 0 < min_scale < float("inf"):
-            raise ValueError(f"Expected min_scale to be positive and finite; got {min_scale!r}.")
+        check_positive("min_scale", min_scale)
         self.min_scale = min_scale
 
     def distribution(self, output: Any, *, batch_dims: int = 1) -> Distribution:

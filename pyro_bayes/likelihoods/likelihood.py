@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -18,9 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_bayes.base.checks import is_number
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values, fit_target
-
-if TYPE_CHECKING:
-    from pyro_bayes.model import BayesianModel
+from pyro_bayes.prediction.predict import Predictor
 
 
 class Likelihood(nn.Module, ABC):
@@ -132,7 +130,7 @@ class Likelihood(nn.Module, ABC):
 
     def predictive(
         self,
-        bnn: BayesianModel,
+        bnn: Predictor,
         x: Any,
         num_samples: int = 100,
         *,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
-from pyro_bayes.base.checks import is_count, is_number
+from pyro_bayes.base.checks import check_count, check_level, check_levels, is_number
+from pyro_bayes.base.state import draw_seed, seeded
 from pyro_bayes.likelihoods.targets import domain_of, elementary, fit_target
 
 _QUANTILE_SAMPLES = 1000
@@ -127,9 +127,7 @@ class Predictive:
         """
         self._numbers("quantile")
         levels = levels.tolist() if isinstance(levels, Tensor) else levels
-        several = tuple(levels) if isinstance(levels, Iterable) else (levels,)
-        if not several or not all(is_number(level) and 0 < level < 1 for level in several):
-            raise ValueError(f"Expected levels to be numbers between 0 and 1; got {levels!r}.")
+        several = check_levels("levels", levels, least=1)
         try:
             quantiles = torch.stack([self._search(level) for level in several])
         except NotImplementedError:
@@ -150,8 +148,7 @@ class Predictive:
             AttributeError: If the targets are classes.
             ValueError: If the level is not between 0 and 1.
         """
-        if not is_number(level) or not 0 < level < 1:
-            raise ValueError(f"Expected level to be a number between 0 and 1; got {level!r}.")
+        check_level("level", level)
         low, high = self.quantile(((1 - level) / 2, (1 + level) / 2))
         return low, high
 
@@ -229,11 +226,8 @@ class Predictive:
         Raises:
             ValueError: If `n` is not a positive integer.
         """
-        if not is_count(n):
-            raise ValueError(f"Expected n to be an integer of at least 1; got {n!r}.")
-        device = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-        with seeded(seed), torch.no_grad():
+        check_count("n", n)
+        with seeded(draw_seed(generator)), torch.no_grad():
             draw, order = torch.randint(self.num_samples, (n,)).sort(stable=True)
             counts = draw.bincount(minlength=self.num_samples)
             rank = torch.arange(n) - (counts.cumsum(0) - counts)[draw]  # among those of its draw
@@ -312,20 +306,3 @@ class Predictive:
                 " `epistemic` and `quantile`."
             )
         return element
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Gives torch's global generators a seed while the context is open, and then their state back.
-
-    Distributions take no generator.
-
-    Arguments:
-        seed: The seed.
-    """
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
-        yield

@@ -10,7 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, distributions
 from torch.distributions import Distribution
 
-from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.checks import check_positive
 from pyro_bayes.likelihoods.likelihood import Likelihood
 from pyro_bayes.likelihoods.special import betainc, wide
 
@@ -47,8 +47,7 @@ class StudentT(Likelihood):
 
     def __init__(self, scale: float | Tensor, *, df: float = 4.0, learn: bool = False) -> None:
         super().__init__()
-        if not is_number(df) or not 0 < df < float("inf"):
-            raise ValueError(f"Expected df to be positive and finite; got {df!r}.")
+        check_positive("df", df)
         self._set_positive("scale", scale, learn)
         self.df = df
 

@@ -1,4 +1,4 @@
-r"""Draws from a posterior and its divergence from a prior, as functions of :math:`\mu, \log \sigma^2`.
+r"""Draws from a posterior and its divergence from a prior, as functions of its parameters.
 
 Each is one node of the autograd graph, with its gradient in closed form. Second derivatives,
 `torch.func` transforms, `torch.compile` and half precision go through the formulas.
@@ -19,7 +19,8 @@ from pyro_bayes.posterior.passes import Kind, Number
 
 Precision: TypeAlias = "float | Tensor | Callable[[Tensor, Tensor], Tensor]"
 r"""The precision :math:`1 / \sigma_p^2` of the prior: of all elements, of each, or what computes that
-of each from the means and log-variances and has a derivative of 0 there, as the best one has."""
+of each from means and log-variances and minimises the divergence, whose first derivative by it is
+0."""
 
 
 class Flat(NamedTuple):
@@ -180,11 +181,11 @@ class _Draw(torch.autograd.Function):
         of_means, of_outputs = (_any(tensors[:-count]), _any(tensors[-count:]))
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
-        compute = _gradients_by_formula if torch.is_grad_enabled() else passes.gradients
-        pair = compute(
-            ctx.layout, ctx.kind, mean, logvar, spread, of_means, of_outputs, of_number,
-            ctx.precision if torch.is_grad_enabled() else ctx.present,
-        )  # fmt: skip
+        compute, precision = passes.gradients, ctx.present
+        if torch.is_grad_enabled():
+            compute, precision = _gradients_by_formula, ctx.precision
+        given = of_means, of_outputs, of_number, precision
+        pair = compute(ctx.layout, ctx.kind, mean, logvar, spread, *given)
         return None, None, None, None, *pair
 
 
@@ -207,10 +208,12 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        inputs = (ctx.layout, "draws", *ctx.saved_tensors, None, None, None, grad)
+        mean, logvar = ctx.saved_tensors
+        compute, precision = passes.gradients, ctx.present
         if torch.is_grad_enabled():
-            return None, None, None, *_gradients_by_formula(*inputs, ctx.precision)
-        return None, None, None, *passes.gradients(*inputs, ctx.present)
+            compute, precision = _gradients_by_formula, ctx.precision
+        pair = compute(ctx.layout, "draws", mean, logvar, None, None, None, grad, precision)
+        return None, None, None, *pair
 
 
 class _LogDensity(torch.autograd.Function):

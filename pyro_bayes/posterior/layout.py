@@ -83,8 +83,10 @@ class Layout:
 
     def chunks(self, flat: Tensor) -> Sequence[Chunk]:
         """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""
-        if flat.is_cpu:
-            return self._chunks
+        return self._chunks if flat.is_cpu else self.whole()
+
+    def whole(self) -> Sequence[Chunk]:
+        """Returns a single chunk of all elements."""
         return (Chunk(0, self.size, 0, tuple(self.sizes)),)
 
     def views(self, flat: Tensor) -> list[Tensor]:

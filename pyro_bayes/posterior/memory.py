@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Memory:
-    r"""Where :math:`\mu` and :math:`\log \sigma^2` are: a pair of flat tensors per dtype and device.
+    r"""Where :math:`\mu` and :math:`\log \sigma^2` are: flat tensors, a pair per dtype and device.
 
     With flat leaves, these are the parameters `mean` and `logvar` of a module (`mean_1`, … for
     further types), and a parameter by name is a view that shares its values and its gradient. With
@@ -111,7 +111,8 @@ class Memory:
         return [
             Flat(
                 layout,
-                *(self._flat(layout, *each, values or {}) for each in zip(KINDS, keys, pair)),
+                self._flat(layout, "mean", keys[0], pair[0], values or {}),
+                self._flat(layout, "logvar", keys[1], pair[1], values or {}),
             )
             for layout, keys, pair in pairs
         ]
@@ -173,8 +174,9 @@ class Memory:
         if values:
             names = [f"{kind}s.{name}" for name in layout.names]
             leaves = [values.get(n, leaf) for n, leaf in zip(names, leaves, strict=True)]
-            pairs = zip(leaves, places, strict=True)
-            own = own and all([leaf.data_ptr() == p.own.data_ptr() for leaf, p in pairs])
+            own = own and all(
+                [v.data_ptr() == p.own.data_ptr() for v, p in zip(leaves, places, strict=True)]
+            )
         if is_transformed() or not own:
             return layout.flatten(leaves)
         joined: Tensor = Join.apply(layout, memory, *leaves)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
+from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.tables import print_table
-from pyro_bayes.priors.variance import PriorVariances
-from pyro_bayes.pyro_bridge.module import PosteriorModule
 
 
 @dataclass(frozen=True)
@@ -73,32 +74,40 @@ class Summary:
 
 
 def summarize(
-    model: PosteriorModule, variances: PriorVariances, uses: Mapping[str, Sequence[str]] | None
+    title: str,
+    store_name: str,
+    choices: Sequence[Choice],
+    parameters: Mapping[str, nn.Parameter],
+    posterior: Mapping[str, tuple[Tensor, Tensor]],
+    describe: Callable[[str], str],
+    uses: Mapping[str, Sequence[str]] | None,
 ) -> Summary:
     r"""Prints a table of a model's parameters, and returns it.
 
     Arguments:
-        model: The model.
-        variances: The variances of the prior.
+        title: What the model is.
+        store_name: Its name in Pyro's param store.
+        choices: What selection decided about each parameter.
+        parameters: The parameters by name.
+        posterior: The means and log-variances of those that are included.
+        describe: Returns the prior of a parameter in words, by its name.
         uses: What became of each parameter in a forward pass, if one was made.
     """
-    posterior = model.guide.posterior()
     rows = []
-    for choice in model.choices:
+    for choice in choices:
         signal, noise = None, None if uses is None else "deterministic"
-        parameter = model.swap.originals[choice.name]
+        parameter = parameters[choice.name]
         prior = "none, trains" if parameter.requires_grad else "none, fixed"
         if choice.included:
             mean, logvar = (p.detach() for p in posterior[choice.name])
             signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
-            prior = variances.describe(choice.name)
+            prior = describe(choice.name)
             noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
         name = " = ".join((choice.name, *choice.aliases))
         shape = tuple(parameter.shape)
         rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
     count = sum(math.prod(row.shape) for row in rows if row.included)
-    title = f"{type(model).__name__} of {type(model.swap.module).__name__}"
-    found = f"{count} Bayesian parameters, '{model.guide.store_name}' in the param store"
-    summary = Summary(f"{title}: {found}", rows)
+    contents = f"{count} Bayesian parameters, '{store_name}' in the param store"
+    summary = Summary(f"{title}: {contents}", rows)
     summary.print()
     return summary

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from pyro_bayes.base.normalization import batch_norms
-
-if TYPE_CHECKING:
-    from pyro_bayes.model import BayesianModel
-    from pyro_bayes.pyro_bridge.module import PosteriorModule
+from pyro_bayes.base.freshness import Model, is_fresh, mark, running_norms
+from pyro_bayes.base.state import Buffers
+from pyro_bayes.prediction.batches import arguments, each_batch
 
 
-def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
+class Reparameterized(Model, Protocol):
+    """What is known of a model here: that its base can hold a draw."""
+
+    def reparameterize(self) -> AbstractContextManager[nn.Module]:
+        """Holds a draw in the base, as :meth:`pyro_bayes.BayesianModel.reparameterize` does."""
+
+
+def update_batch_norm(bnn: Reparameterized, loader: Iterable[Any]) -> None:
     r"""Computes the running statistics of batch norms anew, under the posterior as it is now.
 
     What training leaves are running averages over the last few draws, from posteriors that have
@@ -47,45 +54,36 @@ def update_batch_norm(bnn: BayesianModel, loader: Iterable[Any]) -> None:
         >>> bnn.base[1].num_batches_tracked
         tensor(10)
     """
-    from pyro_bayes.prediction.predict import batches
-
-    norms = batch_norms(bnn.base)
+    norms = running_norms(bnn)
     if not norms:
         return
-    before = [
-        (norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms
-    ]
-    count = 0
+    buffers, momenta = Buffers(norms), [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
-        for call in batches(loader, None):
+        for x in each_batch(loader):
+            args, kwargs = arguments(x)
             with bnn.reparameterize() as base, torch.no_grad():
                 base.eval()
                 for norm in norms:
                     norm.train()
-                call(base)
-            count += 1
-        if not count:
-            raise ValueError("Expected loader to have at least one batch; got none.")
+                base(*args, **kwargs)
         if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
             raise ValueError(
                 "Expected statistics that are finite; got nan or inf. Are the inputs and the"
                 " posterior finite?"
             )
     except BaseException:
-        for _, buffers in before:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        buffers.restore()
         raise
     finally:
-        for norm, (momentum, _) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    bnn.statistics_of = bnn.batch_norm_fingerprint()
+    mark(bnn)
 
 
-def warn_if_stale(model: PosteriorModule) -> None:
+def warn_if_stale(model: Model) -> None:
     """Warns if a batch norm is about to use statistics of other parameters.
 
     Arguments:
@@ -94,10 +92,7 @@ def warn_if_stale(model: PosteriorModule) -> None:
     Warns:
         UserWarning: If so.
     """
-    norms = batch_norms(model.swap.module)
-    if not any(not norm.training for norm in norms):
-        return
-    if model.statistics_of != model.batch_norm_fingerprint():
+    if any(not norm.training for norm in running_norms(model)) and not is_fresh(model):
         warnings.warn(
             "Expected batch norms whose running statistics belong to the posterior; got some from"
             " before it last changed. Call"

@@ -1,14 +1,19 @@
-"""The batches of a loader: pairs (x, y), checked before they are used."""
+"""Batches: what they are, and how a loader of them is read.
+
+*Inputs* are what a network is called with: a tensor, a tuple of positional arguments or a mapping
+of keyword arguments. A *batch* is a pair (x, y) of inputs and targets or, where targets do not
+matter, inputs alone. Collate functions make lists of tuples, so a list in a batch stands for a
+tuple. A named tuple, such as a packed sequence, is one argument unless it is a pair.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.data import (
     BatchSampler,
@@ -22,15 +27,131 @@ from torch.utils.data import (
 )
 
 from pyro_bayes.base import processes
-from pyro_bayes.base.checks import check_batch, is_finite
-from pyro_bayes.likelihoods.targets import check_labels
+from pyro_bayes.base.checks import check_batch, check_finite
+
+
+def arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Returns inputs as the positional and the keyword arguments of a call.
+
+    Arguments:
+        x: The inputs. What is neither a tuple, a list nor a mapping is one argument.
+
+    Example:
+        >>> arguments([1, 2]), arguments({"a": 1}), arguments(1)
+        (((1, 2), {}), ((), {'a': 1}), ((1,), {}))
+    """
+    if isinstance(x, Mapping):
+        return (), x
+    return (tuple(x) if type(x) in (list, tuple) else (x,)), {}
+
+
+def parts(batch: Any) -> Any:
+    """Returns all parts of a batch, as the inputs of a function of them.
+
+    Arguments:
+        batch: The batch: any number of parts in a tuple, a list or a mapping, or a tensor.
+
+    Example:
+        >>> parts([["a", "b"], "y"])
+        (('a', 'b'), 'y')
+    """
+    if type(batch) in (list, tuple) or _is_pair(batch):
+        return tuple(_plain(part) for part in batch)
+    return _plain(batch)
+
+
+def inputs(batch: Any) -> Any:
+    """Returns the inputs of a batch.
+
+    Arguments:
+        batch: A pair (x, y), a tuple or a list with x alone, or x itself: a tensor or a mapping.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it has more than two parts.
+
+    Example:
+        >>> inputs([["a", "b"], "y"])
+        ('a', 'b')
+    """
+    x = parts(batch)
+    if type(x) is tuple:
+        if len(x) not in (1, 2):
+            raise ValueError(
+                "Expected batches to be x or pairs (x, y), of which y is left out; got a"
+                f" {type(batch).__name__} of {len(x)}. Let the loader's `collate_fn` make pairs"
+                " ((a, b), y), or tell predict() what is what:"
+                " predict(batches, function=lambda net, a, b, y: net(a, b))."
+            )
+        return _as_inputs(x[0])
+    if not isinstance(x, Tensor | Mapping | tuple):
+        raise TypeError(f"Expected batches of tensors; got one of {type(batch).__name__}.")
+    return x
+
+
+def each_batch(
+    loader: Any,
+    read: Callable[[Any], Any] = inputs,
+    *,
+    name: str = "loader",
+    device: torch.device | None = None,
+) -> Iterator[Any]:
+    """Yields what is read of each batch of a loader, by default the inputs.
+
+    Arguments:
+        loader: The batches.
+        read: What to return of a batch, :func:`inputs` or :func:`parts`.
+        name: The name of the argument, for messages.
+        device: Where tensors go; by default, they stay where they are.
+
+    Raises:
+        TypeError: If it does not give batches.
+        ValueError: If there is none, or one has more than two parts.
+    """
+    if not isinstance(loader, Iterable) or isinstance(loader, Tensor | Mapping):
+        raise TypeError(
+            f"Expected {name} to give batches, pairs (x, y) or x; got {type(loader).__name__}. Pass"
+            f" one batch in a list: {name}=[x]."
+        )
+    empty = True
+    for batch in loader:
+        empty = False
+        yield _moved(read(batch), device)
+    if empty:
+        raise EmptyLoaderError(name)
+
+
+class EmptyLoaderError(ValueError):
+    """A loader has no batch.
+
+    Arguments:
+        name: The name of the argument.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Expected {name} to have at least one batch; got none. Is the dataset empty, or"
+            " smaller than a batch with drop_last=True?"
+        )
+
+
+def signature(x: Any) -> Any:
+    """Returns what inputs of the same shapes have in common, or `None` if it cannot be told.
+
+    Arguments:
+        x: The inputs.
+    """
+    leaves, structure = tree_flatten(x)
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    return str(structure), *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 class Batch(NamedTuple):
-    """One batch.
+    """A pair.
 
     Arguments:
-        x: What the network is given: a tensor, a tuple or a dictionary.
+        x: The inputs.
         y: The target, a tensor whose first dimension counts examples.
     """
 
@@ -39,13 +160,18 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of a loader, checked as they come, on a device.
+    """The pairs of a loader, checked as they come, on a device.
 
     Arguments:
         loader: What gives pairs (x, y), anew each time that it is iterated.
         name: The name of the argument, for messages.
         num_data: The number of examples that the objective was told, `None` if it does not apply.
         device: Where the batches go.
+
+    Attributes:
+        loader: The loader.
+        count: The number of batches, `None` if it is not known.
+        targets: The targets that are in memory, with what messages call them.
 
     Raises:
         TypeError: If the loader can be iterated once only, or holds what is no pair.
@@ -68,18 +194,18 @@ class Batches:
         self.loader, self._name, self._num_data, self._device = loader, name, num_data, device
         self.count = len(loader) if _is_sized(loader) else None
         if self.count == 0:
-            raise ValueError(self._empty())
-        self._targets: list[tuple[str, Tensor]] = []
+            raise EmptyLoaderError(name)
+        self.targets: list[tuple[str, Tensor]] = []
         if isinstance(loader, list | tuple):
             for index, batch in enumerate(loader):
-                y = self._check(batch, index).y
-                self._targets.append((f"y of batch {index} of {name}", y))
+                y = self._pair(batch, index).y
+                self.targets.append((f"y of batch {index} of {name}", y))
         dataset, rows = getattr(loader, "dataset", None), _rows(loader)
         tensors = [] if rows is None else _tensors(dataset, rows)
         for number, values in enumerate(tensors):
-            check_finite(values, f"tensor {number} of {name}'s dataset")
+            check_finite(f"tensor {number} of {name}'s dataset", values)
         if len(tensors) == 2 and getattr(loader, "collate_fn", None) is default_collate:
-            self._targets.append((f"y of {name}'s dataset", tensors[1]))
+            self.targets.append((f"y of {name}'s dataset", tensors[1]))
         size = None
         if rows is not None and _is_sized(dataset):
             size = len(dataset) if isinstance(rows, slice) else len(rows)
@@ -96,11 +222,10 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         index = -1
         for index, batch in enumerate(self.loader):
-            x, y = self._check(batch, index)
-            move = tree_map_only(Tensor, lambda t: t.to(self._device, non_blocking=True), (x, y))
-            yield Batch(*move)
+            pair = self._pair(batch, index)
+            yield Batch(*_moved(tuple(pair), self._device))
         if index < 0:
-            raise ValueError(self._empty())
+            raise EmptyLoaderError(self._name)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells samplers that shuffle by the epoch's number, as a `DistributedSampler`, which."""
@@ -108,25 +233,16 @@ class Batches:
         for owner in (self.loader, getattr(self.loader, "sampler", None), batches):
             getattr(owner, "set_epoch", _nothing)(epoch)
 
-    def check_labels(self, distribution: Distribution) -> None:
-        """Raises a `ValueError` unless labels and counts that are in memory are such.
-
-        Arguments:
-            distribution: A likelihood's distribution of some of the targets.
-        """
-        for name, y in self._targets:
-            check_labels(name, y, distribution)
-
-    def _check(self, batch: Any, index: int) -> Batch:
+    def _pair(self, batch: Any, index: int) -> Batch:
         where = f"batch {index} of {self._name}"
-        if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        if not _is_pair(batch):
             size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
             raise TypeError(
                 f"Expected {where} to be a pair (x, y), where x is a tensor, a tuple or a"
                 f" dictionary; got a {type(batch).__name__}{size}. Let the loader's `collate_fn`"
                 " make such pairs."
             )
-        x, y = batch
+        x, y = _as_inputs(batch[0]), batch[1]
         if not isinstance(y, Tensor) or y.dim() == 0 or len(y) == 0:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(
@@ -135,38 +251,56 @@ class Batches:
             )
         for part, value in (("x", x), ("y", y)):
             for leaf in tree_flatten(value)[0]:
-                check_finite(leaf, f"{part} of {where}")
+                check_finite(f"{part} of {where}", leaf)
         if self._num_data is not None:
             check_batch(len(y), self._num_data)
-        return Batch(tuple(x) if type(x) is list else x, y)
-
-    def _empty(self) -> str:
-        return (
-            f"Expected {self._name} to have at least one batch; got none. Is the dataset empty, or"
-            " smaller than a batch with drop_last=True?"
-        )
+        return Batch(x, y)
 
 
-def check_finite(value: Any, name: str) -> None:
-    """Raises a `ValueError` unless a tensor's numbers are finite; other values pass.
+def generators(loaders: Sequence[Any]) -> list[torch.Generator]:
+    """Returns the generators of random numbers that loaders and their samplers own, each once.
 
     Arguments:
-        value: The tensor.
-        name: What messages call it.
-
-    Example:
-        >>> check_finite(torch.tensor([1.0, float("nan")]), "x")
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected x to be finite; got nan at [1].
+        loaders: The loaders.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
-        return
-    if not is_finite(value):
-        place = (~torch.isfinite(value)).nonzero()[0]
-        raise ValueError(
-            f"Expected {name} to be finite; got {value[tuple(place)].item()} at {place.tolist()}."
-        )
+    owned: dict[int, torch.Generator] = {}
+    seen: set[int] = set()
+    owners = list(reversed(loaders))
+    while owners:
+        owner = owners.pop()
+        if owner is None or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            owned[id(generator)] = generator
+        # A sampler of batches may hold another sampler, in either place.
+        owners += [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+    return list(owned.values())
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) == 2
+
+
+def _plain(value: Any) -> Any:
+    """Returns a tuple for a list, and a dictionary for another mapping."""
+    if type(value) is list:
+        return tuple(value)
+    is_other = isinstance(value, Mapping) and not isinstance(value, dict)
+    return dict(value) if is_other else value
+
+
+def _as_inputs(x: Any) -> Any:
+    """Returns a tensor, a tuple or a dictionary: what is nothing of these is one argument."""
+    x = _plain(x)
+    return x if isinstance(x, Tensor | tuple | dict) else (x,)
+
+
+def _moved(values: Any, device: torch.device | None) -> Any:
+    if device is None:
+        return values
+    return tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), values)
 
 
 def _rows(loader: Any) -> slice | Tensor | None:

@@ -9,11 +9,10 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import pyro
 import torch
@@ -22,11 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from pyro_bayes.base.checks import check_count, check_generator, check_levels
+from pyro_bayes.base.state import Buffers, draw_seed
+from pyro_bayes.posterior.draws import Flat
 from pyro_bayes.posterior.sampling import WeightDraws
-from pyro_bayes.prediction.statistics import Result, Tally, joined
-from pyro_bayes.pyro_bridge.module import PosteriorModule
+from pyro_bayes.prediction.batches import arguments, each_batch, inputs, parts, signature
+from pyro_bayes.prediction.statistics import Result, RunningStatistics, joined
 
 Function: TypeAlias = Callable[..., Any]
+Hold: TypeAlias = Callable[[Mapping[str, Tensor]], AbstractContextManager[nn.Module]]
 
 _STATISTICS = ("mean", "variance", "samples")
 _DELAY = 3.0  # seconds until the progress bar appears
@@ -64,10 +67,40 @@ class Prediction:
         return tree_map_only(Tensor, lambda v: (v / self.num_samples).sqrt(), self.variance)
 
 
+@runtime_checkable
+class Predictor(Protocol):
+    """What likelihoods and scores know of a model: that it predicts.
+
+    :class:`pyro_bayes.BayesianModel` is one.
+    """
+
+    @property
+    def base(self) -> nn.Module:
+        """The network that predicts."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Returns what predictions depend on."""
+
+    def predict(
+        self,
+        x: Any,
+        num_samples: int = 100,
+        *,
+        statistics: str | Sequence[str] = ("mean", "variance"),
+        function: Function | None = None,
+        chunk_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Computes what :meth:`pyro_bayes.BayesianModel.predict` describes."""
+
+
 def predict(
-    model: PosteriorModule,
+    base: nn.Module,
+    posterior: Sequence[Flat],
+    hold: Hold,
     x: Any,
     num_samples: int,
+    *,
     statistics: str | Sequence[str],
     quantiles: float | Sequence[float],
     function: Function | None,
@@ -75,71 +108,76 @@ def predict(
     generator: torch.Generator | None,
     progress: bool,
 ) -> Prediction:
-    """Computes what :meth:`pyro_bayes.BayesianModel.predict` describes."""
+    """Computes what :meth:`pyro_bayes.BayesianModel.predict` describes.
+
+    Arguments:
+        base: The network.
+        posterior: The means and log-variances of its parameters, by name.
+        hold: Puts values in the place of parameters while a context is open.
+        x: As there, like all that follow.
+        num_samples: The number of draws.
+        statistics: The statistics.
+        quantiles: The levels.
+        function: What to evaluate.
+        chunk_size: How many draws to evaluate at once.
+        generator: Where the seed comes from.
+        progress: Whether to show a progress bar.
+    """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    levels = tuple(quantiles) if isinstance(quantiles, Iterable) else (quantiles,)
+    levels = check_levels("quantiles", quantiles)
     _check(num_samples, names, levels, function, chunk_size, generator)
-    device = "cpu" if generator is None else generator.device
-    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-    call = _evaluation(x, function)
-    tally = partial(Tally, total=num_samples, keys=(*names, *levels))
-    total = num_samples * (1 if call else operator.length_hint(x)) or None
-    bar = tqdm(total=total, unit="draw", delay=_DELAY) if progress else nullcontext()
-    with model.lock(), torch.no_grad(), bar:
-        draws = WeightDraws(model.guide.flats(), num_samples, seed, again=call is None)
-        run = _Run(model, draws, tally, chunk_size)
-        run.bar = bar if progress else None
-        run.kind = _kind(x) if function is None else None
-        results = run(call) if call else joined(list(map(run, batches(x, function))))
-    fields = {key: run.rebuild([r[key] for r in results]) for key in results[0]}
+    seed = draw_seed(generator)
+    single = _single(x, function)
+    total = num_samples * (1 if single else operator.length_hint(x)) or None
+    keys: tuple[str | float, ...] = (*names, *levels)
+    bar = tqdm(total=total, unit="draw", delay=_DELAY, disable=not progress)
+    with torch.no_grad(), bar:
+        draws = WeightDraws(posterior, num_samples, seed, again=single is None)
+        run = _Run(base, hold, draws, keys, chunk_size, bar)
+        results = []
+        for call in [single] if single else _calls(x, function):
+            results.append(run(call))
+    statistic = results[0] if single else joined(results)
+    fields = {key: run.rebuild([tensor[key] for tensor in statistic]) for key in keys}
     mean, variance, samples = (fields.get(name) for name in _STATISTICS)
     return Prediction(mean, variance, {q: fields[q] for q in levels}, samples, num_samples)
 
 
-def _evaluation(x: Any, function: Function | None) -> Function | None:
-    """Returns what to evaluate, a function of the base, or `None` if `x` is a run of batches."""
-    call = function or (lambda base, *args, **kwargs: base(*args, **kwargs))
-    if type(x) is tuple:
-        return lambda base: call(base, *x)
-    if isinstance(x, (Tensor, tuple)):  # a named tuple, as a packed sequence, is one argument
-        return lambda base: call(base, x)
-    if isinstance(x, Mapping):
-        return lambda base: call(base, **x)
-    if isinstance(x, nn.Module) or not (isinstance(x, Iterable) or (callable(x) and not function)):
+class _Call(NamedTuple):
+    """What to evaluate: a function of the base, and the signature of its inputs, if known."""
+
+    function: Function
+    signature: Any
+
+
+def _call(x: Any, function: Function | None) -> _Call:
+    """Returns the call of the base, or of a function of the base, with inputs."""
+    args, kwargs = arguments(x)
+    if function is None:
+        return _Call(lambda base: base(*args, **kwargs), signature(x))
+    return _Call(lambda base: function(base, *args, **kwargs), None)
+
+
+def _calls(x: Iterable[Any], function: Function | None) -> Iterator[_Call]:
+    """Yields the call of each batch."""
+    for batch in each_batch(x, inputs if function is None else parts, name="x"):
+        yield _call(batch, function)
+
+
+def _single(x: Any, function: Function | None) -> _Call | None:
+    """Returns the only call, `None` if `x` is an iterable of batches."""
+    if isinstance(x, Tensor | tuple | Mapping):
+        return _call(x, function)
+    is_function = callable(x) and function is None
+    if isinstance(x, nn.Module) or not (is_function or isinstance(x, Iterable)):
         raise TypeError(
             "Expected x to be a tensor, a tuple or a dictionary of arguments, an iterable of"
             " batches, or, without another function, a function of the base; got"
             f" {type(x).__name__}. Put any other argument in a tuple: predict((argument,))."
         )
-    return x if callable(x) else None
-
-
-def _kind(x: Any) -> Any:
-    """Returns what inputs of the same shapes have in common, or `None` if it cannot be told."""
-    leaves, spec = tree_flatten(x)
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        return None
-    return str(spec), *((leaf.shape, leaf.dtype) for leaf in leaves)
-
-
-def batches(x: Iterable[Any], function: Function | None) -> Iterator[Function]:
-    """Yields what to evaluate for each batch, a function of the base."""
-    for batch in x:
-        parts = tuple(batch) if type(batch) is list else batch
-        if function is None and (isinstance(parts, Mapping) or type(parts) is tuple):
-            if isinstance(parts, Mapping) or len(parts) not in (1, 2):
-                raise ValueError(
-                    "Expected batches to be x or pairs (x, y), of which y is left out; got a"
-                    f" {type(batch).__name__} of {len(batch)}. Say what is what with function:"
-                    " predict(batches, function=lambda net, a, b, y: net(a, b))."
-                )
-            parts = parts[:1]
-        call = _evaluation(parts, function)
-        if call is None:
-            raise TypeError(f"Expected batches of tensors; got one of {type(batch).__name__}.")
-        yield call
+    return _Call(x, None) if callable(x) else None
 
 
 def _check_output(leaves: Sequence[Any]) -> None:
@@ -158,46 +196,45 @@ def _check_output(leaves: Sequence[Any]) -> None:
 class _Run:
     """Evaluates functions of a base with the same draws, and returns statistics of each tensor."""
 
-    bar: Any = None
-    kind: Any = None
-
     def __init__(
-        self, model: PosteriorModule, draws: WeightDraws, tally: Function, size: int | None
+        self,
+        base: nn.Module,
+        hold: Hold,
+        draws: WeightDraws,
+        keys: Sequence[str | float],
+        size: int | None,
+        bar: Any,
     ) -> None:
-        self._model, self._base, self._draws = model, model.swap.module, draws
-        self._tally, self._chunk_size, self._failed = tally, size, False
-        self._buffers = [
-            (module, key, buffer, buffer.clone())
-            for module in self._base.modules()
-            for key, buffer in module.named_buffers(recurse=False)
-            if 0 not in buffer.stride()  # what is expanded cannot be written to
-        ]
+        self._base, self._hold, self._draws, self._keys = base, hold, draws, keys
+        self._chunk_size, self._bar, self._failed = size, bar, False
+        self._buffers = Buffers(base.modules())
         self._structure: Any = None
 
-    def __call__(self, call: Function) -> list[Result]:
-        tallies: list[Tally] = []
+    def __call__(self, call: _Call) -> list[Result]:
+        running: list[RunningStatistics] = []
         for outputs in self._outputs(call):
-            tallies = tallies or [self._tally(output[0]) for output in outputs]
-            for tally, values in zip(tallies, outputs, strict=True):
-                tally.add(values)
-            if self.bar is not None:
-                self.bar.update(len(outputs[0]))
-        return [tally.result() for tally in tallies]
+            running = running or [
+                RunningStatistics(output[0], self._draws.total, self._keys) for output in outputs
+            ]
+            for statistics, values in zip(running, outputs, strict=True):
+                statistics.add(values)
+            self._bar.update(len(outputs[0]))
+        return [statistics.result() for statistics in running]
 
-    def _outputs(self, call: Function) -> Iterator[tuple[Tensor, ...]]:
+    def _outputs(self, call: _Call) -> Iterator[tuple[Tensor, ...]]:
         start, total = 0, self._draws.total
-        known = _costs.setdefault(self._base, {})
-        cost = known.get(self.kind)
+        costs = _costs.setdefault(self._base, {})
+        cost = costs.get(call.signature)
         wanted, first = self._chunk_size is None and total > 4, None
         if self._structure is None and not (wanted and cost):
             # A plain call shows what outputs are, and what they cost.
             rows = self._draws.rows(0, 1)
             with _Calls() if wanted else nullcontext() as calls:
-                first = next(self._loop(call, rows))
+                first = next(self._loop(call.function, rows))
             if calls is not None:
                 cost = calls.cost
-                if self.kind is not None:  # counting takes longer than the call
-                    known[self.kind] = cost
+                if call.signature is not None:  # counting takes longer than the call
+                    costs[call.signature] = cost
         if wanted and cost is not None:
             self._chunk_size = cost.chunk_size(self._draws.size, total, self._draws.on_cpu)
         step = min(self._chunk_size or 1, total)
@@ -207,41 +244,39 @@ class _Run:
             yield first
         for place in range(start, total, step):
             rows = self._draws.rows(place, min(step, total - place))
-            batched = self._batched(call, rows) if step > 1 and not self._failed else None
-            yield from self._loop(call, rows) if batched is None else [batched]
+            vectorise = step > 1 and not self._failed
+            batched = self._batched(call.function, rows) if vectorise else None
+            yield from self._loop(call.function, rows) if batched is None else [batched]
 
-    def _loop(self, call: Function, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    def _loop(self, function: Function, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         for values in self._draws.each(rows):
-            yield tuple([output.unsqueeze(0) for output in self._evaluate(call, values)])
+            yield tuple([output.unsqueeze(0) for output in self._evaluate(function, values)])
 
     def rebuild(self, tensors: Iterable[Tensor]) -> Any:
         rest, (spec, places) = iter(tensors), self._structure
         return tree_unflatten([next(rest) if place else None for place in places], spec)
 
-    def _evaluate(self, call: Function, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _evaluate(self, function: Function, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         try:
-            with self._model.hold(values) as base:
-                leaves, spec = tree_flatten(call(base))
-            found = spec, [isinstance(leaf, Tensor) for leaf in leaves]
+            with self._hold(values) as base:
+                leaves, spec = tree_flatten(function(base))
+            structure = spec, [isinstance(leaf, Tensor) for leaf in leaves]
             if self._structure is None:
                 _check_output(leaves)
-                self._structure = found
-            if found != self._structure:
+                self._structure = structure
+            if structure != self._structure:
                 raise ValueError(f"Expected outputs alike for all draws; got {spec} and others.")
             return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         finally:
-            for module, key, buffer, value in self._buffers:
-                if getattr(module, key, None) is not buffer:
-                    setattr(module, key, buffer)
-                buffer.copy_(value)
+            self._buffers.restore()
 
-    def _batched(self, call: Function, rows: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def _batched(self, function: Function, rows: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         # Checks of distributions branch on data. That an operator has no batching rule makes a loop
         # of it alone, which takes less time than one of the whole base.
         try:
             with _quiet, pyro.validation_enabled(False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop because")
-                batched = torch.vmap(partial(self._evaluate, call), randomness="different")
+                batched = torch.vmap(partial(self._evaluate, function), randomness="different")
                 return tuple(batched(self._draws.stacked(rows)))
         except Exception as error:  # what is not vmap's comes again from the loop
             self._failed = True
@@ -311,20 +346,16 @@ class _Calls(TorchFunctionMode):
 
 
 def _check(draws: Any, names: Any, levels: Any, function: Any, size: Any, source: Any) -> None:
-    def whole(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-    least = "2 for a variance (statistics='mean' takes 1)" if "variance" in names else "1"
-    enough = whole(draws) and draws >= int(least[0])
-    known = bool(names or levels) and all(name in _STATISTICS for name in names)
-    within = all(isinstance(level, float) and 0 < level < 1 for level in levels)
-    for passed, expected, got in (
-        (enough, f"num_samples to be an integer of at least {least}", draws),
-        (known, f"statistics to be among {_STATISTICS}", names),
-        (within, "quantiles to be numbers between 0 and 1", levels),
-        (function is None or callable(function), "function to be callable", function),
-        (size is None or whole(size), "chunk_size to be an integer of at least 1", size),
-        (isinstance(source, torch.Generator | None), "generator to be a torch.Generator", source),
-    ):
-        if not passed:
-            raise ValueError(f"Expected {expected}; got {got!r}.")
+    check_count("num_samples", draws)
+    if "variance" in names and draws < 2:
+        raise ValueError(
+            "Expected num_samples to be an integer of at least 2 for a variance"
+            f" (statistics='mean' takes 1); got {draws}."
+        )
+    if not (names or levels) or not all(name in _STATISTICS for name in names):
+        raise ValueError(f"Expected statistics to be among {_STATISTICS}; got {names!r}.")
+    if function is not None and not callable(function):
+        raise TypeError(f"Expected function to be callable; got {function!r}.")
+    if size is not None:
+        check_count("chunk_size", size)
+    check_generator(source)

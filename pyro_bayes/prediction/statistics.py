@@ -13,7 +13,7 @@ Result: TypeAlias = dict[str | float, Tensor]
 _BLOCK = 16_000_000  # torch.quantile takes no more elements at once
 
 
-class Tally:
+class RunningStatistics:
     """The statistics of one tensor over draws that come in chunks.
 
     Means and squared deviations are merged chunk by chunk, which is stable, and keeps no draws.
@@ -26,10 +26,10 @@ class Tally:
         keys: The names of the statistics, and the levels of quantiles.
 
     Example:
-        >>> tally = Tally(torch.empty(()), 3, ("mean", "variance", 0.5))
-        >>> tally.add(torch.tensor([1.0, 2.0])), tally.add(torch.tensor([6.0]))
+        >>> running = RunningStatistics(torch.empty(()), 3, ("mean", "variance", 0.5))
+        >>> running.add(torch.tensor([1.0, 2.0])), running.add(torch.tensor([6.0]))
         (None, None)
-        >>> tally.result()
+        >>> running.result()
         {'mean': tensor(3.), 'variance': tensor(7.), 0.5: tensor(2.)}
     """
 
@@ -44,49 +44,54 @@ class Tally:
 
     def add(self, values: Tensor) -> None:
         """Adds the values of several draws, of shape `(count, *)`."""
-        known, more, shape = self._count, len(values), values.shape[1:]
+        before, more, shape = self._count, len(values), values.shape[1:]
         if shape != self._shape:
             raise ValueError(f"Expected outputs of one shape, {self._shape}; got {shape}.")
         self._count += more
         if self._samples is not None:
-            self._samples[known : self._count] = values
+            self._samples[before : self._count] = values
         values = values.to(self._dtype)
         mean = values.mean(0)
-        if known == 0:
+        if before == 0:
             self._mean, self._squares = mean, _squares(values, mean)
             return
         if more > 1:
             self._squares.add_(_squares(values, mean))
         change = mean.sub_(self._mean)
         self._mean.add_(change, alpha=more / self._count)
-        self._squares.addcmul_(change, change, value=known * more / self._count)
+        self._squares.addcmul_(change, change, value=before * more / self._count)
 
     def result(self) -> Result:
         """Returns the statistics by name or level."""
-        found: Result = {"mean": self._mean, "variance": self._squares / max(self._count - 1, 1)}
+        results: Result = {"mean": self._mean, "variance": self._squares / max(self._count - 1, 1)}
         if self._samples is not None:
-            found["samples"] = self._samples
+            results["samples"] = self._samples
             levels = self._mean.new_tensor(self._levels)
             columns = self._samples.reshape(self._count, -1)
             blocks = columns.split(max(1, _BLOCK // self._count), dim=1) if self._levels else ()
             parts = [torch.quantile(block.to(levels.dtype), levels, dim=0) for block in blocks]
             for level, *values in zip(self._levels, *parts, strict=True):
-                found[level] = torch.cat(values).view(self._shape)
-        return {key: found[key] for key in self._keys}
+                results[level] = torch.cat(values).view(self._shape)
+        return {key: results[key] for key in self._keys}
 
 
 def _squares(values: Tensor, mean: Tensor) -> Tensor:
     return (values - mean).square_().sum(0)  # in less time than torch's variance
 
 
-def joined(parts: Sequence[Sequence[Result]]) -> list[Result]:
-    """Joins the statistics of batches along the dimension that counts examples."""
-    if not parts:
-        raise ValueError("Expected x to have at least one batch; got none.")
-    joined = []
-    for results in zip(*parts, strict=True):
+def joined(batches: Sequence[Sequence[Result]]) -> list[Result]:
+    """Joins the statistics of batches along the dimension that counts examples.
+
+    Arguments:
+        batches: The statistics of each tensor, of each batch.
+
+    Raises:
+        ValueError: If a tensor has no such dimension.
+    """
+    joint = []
+    for results in zip(*batches, strict=True):
         dims = {key: int(key == "samples") for key in results[0]}
         if any(results[0][key].dim() <= dim for key, dim in dims.items()):
             raise ValueError("Expected outputs with a dimension for examples; got a scalar.")
-        joined.append({key: torch.cat([r[key] for r in results], d) for key, d in dims.items()})
-    return joined
+        joint.append({key: torch.cat([r[key] for r in results], d) for key, d in dims.items()})
+    return joint

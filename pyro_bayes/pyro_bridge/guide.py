@@ -117,7 +117,7 @@ class MeanField(AutoNormal):
         return self.memory.by_name()
 
     def flats(self) -> list[Flat]:
-        r"""Returns :math:`\mu` and :math:`\log \sigma^2` as flat tensors, for each dtype and device.
+        r"""Returns :math:`\mu` and :math:`\log \sigma^2` as flat tensors, by dtype and device.
 
         Values that were loaded into Pyro's param store arrive here first.
         """

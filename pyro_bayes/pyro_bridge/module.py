@@ -8,14 +8,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
-from pyro_bayes.base.normalization import batch_norms
+from pyro_bayes.base.freshness import is_fresh, mark
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
 from pyro_bayes.pyro_bridge import store
@@ -24,8 +24,6 @@ from pyro_bayes.pyro_bridge.prior import GaussianPrior
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Fingerprint: TypeAlias = tuple[float, ...]
 
 
 class PosteriorModule(PyroModule):
@@ -66,7 +64,7 @@ class PosteriorModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
-        self.statistics_of: Fingerprint | None = self.batch_norm_fingerprint()
+        mark(self)
 
     @property
     def means(self) -> nn.Module:
@@ -187,9 +185,9 @@ class PosteriorModule(PyroModule):
         """Lets the base's included parameters share the memory of the means, if they are ours."""
         originals, memory = self.swap.originals, self._guide.memory
         for name, address in memory.addresses.items():
-            if originals[name].data_ptr() != address:
-                if ownership.is_owner(self._guide, originals[name]):
-                    originals[name].data = memory.mean(name)
+            original = originals[name]
+            if original.data_ptr() != address and ownership.is_owner(self._guide, original):
+                original.data = memory.mean(name)
 
     def _take_over(self) -> None:
         """Claims the base's parameters, from a former model if there is one."""
@@ -223,28 +221,6 @@ class PosteriorModule(PyroModule):
 
     def _stored(self) -> dict[str, nn.Parameter]:
         return {self._store_key(name): p for name, p in self._deterministic().items()}
-
-    def fingerprint(self) -> Fingerprint:
-        """Returns numbers that are others once any parameter has changed, by whatever means."""
-        excluded = (self.swap.originals[c.name] for c in self.choices if not c.included)
-        flats = (tensor for flat in self._guide.flats() for tensor in flat[1:])
-        numbers: list[float] = []
-        for tensor in (*flats, *excluded):
-            if tensor.is_floating_point() and not tensor.is_meta:
-                values = tensor.detach()
-                numbers.append(float(values.sum(dtype=torch.double)))
-                numbers.append(float(torch.linalg.vector_norm(values, dtype=torch.double)))
-        return tuple(numbers)
-
-    def batch_norm_fingerprint(self) -> Fingerprint:
-        """Returns numbers that are others once a parameter or a statistic of a batch norm is.
-
-        They are none for a base without batch norm.
-        """
-        norms = batch_norms(self._base)
-        if not norms:
-            return ()
-        return self.fingerprint() + tuple(float(norm.num_batches_tracked) for norm in norms)
 
     def _pull(self) -> None:
         self._guide.pull()
@@ -289,10 +265,10 @@ class PosteriorModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
-        fresh = self.statistics_of == self.batch_norm_fingerprint()
+        fresh = is_fresh(self)
         super()._apply(fn, recurse)
         self._replaced()
-        self.statistics_of = self.batch_norm_fingerprint() if fresh else None
+        mark(self, fresh=fresh)
         return self
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -305,7 +281,7 @@ class PosteriorModule(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
-        state = super().__getstate__()
+        state = dict(super().__getstate__(), _fresh=is_fresh(self))
         return {key: value for key, value in state.items() if key not in ("_mutex", "swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -313,12 +289,14 @@ class PosteriorModule(PyroModule):
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
+        mark(self, fresh=vars(self).pop("_fresh"))
 
     def __copy__(self) -> Self:
         # A shallow copy has the same base and guide, which stay the original's.
         new = type(self).__new__(type(self))
         for key, value in vars(self).items():
             vars(new)[key] = copy.copy(value) if isinstance(value, dict) else value
+        mark(new, fresh=is_fresh(self))
         return new
 
 
@@ -342,7 +320,7 @@ def _add_included(model: PosteriorModule, state: dict[str, Any], prefix: str, *_
 
 def _after_load(model: PosteriorModule, keys: Any) -> None:
     model._replaced()
-    model.statistics_of = model.batch_norm_fingerprint()
+    mark(model)
     # What is missing of the included parameters is missing of the means, and named there.
     missing = set(keys.missing_keys)
     for choice in model.choices:

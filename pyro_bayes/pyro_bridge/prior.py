@@ -45,7 +45,7 @@ class Prior(dist.Independent):
     r"""The distribution :math:`\mathcal{N}(0, \sigma_p^2)` of one parameter.
 
     Its log-density of a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor`, which is the
-    posterior :math:`q` itself instead of a draw from it, is :math:`-D_{KL}(q \| p)`, in closed form.
+    posterior :math:`q` itself instead of a draw, is :math:`-D_{KL}(q \| p)`, in closed form.
     That of a draw takes an empirical :math:`\sigma_p^2` as fixed: in expectation, the gradient of
     the ELBO is the same.
 

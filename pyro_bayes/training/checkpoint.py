@@ -108,10 +108,10 @@ def load(path: Path) -> dict[str, Any]:
             " to start anew, or restore an older copy."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format", "none") if isinstance(content, dict) else "none"
+        kind = content.get("format", "none") if isinstance(content, dict) else "none"
         raise ValueError(
             f"Expected '{path}' to be a checkpoint of fit() ({FORMAT}); got a file of the format"
-            f" {found!r}."
+            f" {kind!r}."
         )
     missing = [part for part in PARTS if part not in content]
     if missing:
@@ -149,18 +149,18 @@ def identity(
     }
 
 
-def check_identity(path: Path, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_identity(path: Path, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Raises a `ValueError` that names what differs, unless a checkpoint belongs to a model.
 
     Arguments:
         path: The file.
         saved: What the file belongs to.
-        found: What is to continue from it.
+        here: What is to continue from it.
     """
-    names = [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+    names = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
     if names:
         shown = [
-            f"  {name}: {saved.get(name, 'nothing')} in the file, {found.get(name, 'nothing')} here"
+            f"  {name}: {saved.get(name, 'nothing')} in the file, {here.get(name, 'nothing')} here"
             for name in names[:8]
         ]
         more = [f"  and {len(names) - 8} more"] if len(names) > 8 else []

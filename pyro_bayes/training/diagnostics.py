@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.checks import is_count
-from pyro_bayes.base.swap import undisturbed
+from pyro_bayes.base.checks import check_count
+from pyro_bayes.base.state import undisturbed
+from pyro_bayes.base.tables import text_table
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training.objective import ELBO
 
 _NEAR = 0.02  # of log σ²: a change of σ by 1 %
 _QUICK = -5.0  # the log σ² to start from where the default of -9 takes too long
+_HEADERS = ("parameter", "SNR ∇μ", "SNR ∇log σ²", "σ unmoved", "KL nats")
 
 
 @dataclass(frozen=True)
@@ -63,21 +65,21 @@ class Diagnosis:
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
-        width = max(len("parameter"), *(len(row.parameter) for row in self.rows))
-        lines = [f"{'parameter':<{width}}   SNR ∇μ  SNR ∇log σ²  σ unmoved     KL nats"]
-        for row in self.rows:
-            cells = (
-                f"{row.signal_mean:8.2g}",
-                " " * 11 if row.signal_logvar is None else f"{row.signal_logvar:11.2g}",
-                " " * 9 if row.unmoved is None else f"{row.unmoved:9.0%}",
-                " " * 10 if row.kl is None else f"{row.kl:10.4g}",
+        cells = [
+            (
+                row.parameter,
+                f"{row.signal_mean:.2g}",
+                "" if row.signal_logvar is None else f"{row.signal_logvar:.2g}",
+                "" if row.unmoved is None else f"{row.unmoved:.0%}",
+                "" if row.kl is None else f"{row.kl:.4g}",
             )
-            lines.append("  ".join((f"{row.parameter:<{width}}", *cells)).rstrip())
-        lines.append(
+            for row in self.rows
+        ]
+        total = (
             f"KL: {self.kl:.4g} nats against N = {self.num_data}, {self.kl / self.num_data:.4g} per"
             " datum"
         )
-        return "\n".join((*lines, *self.advice))
+        return "\n".join((text_table(_HEADERS, cells, right=_HEADERS[1:]), total, *self.advice))
 
 
 def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -> Diagnosis:
@@ -121,10 +123,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
         >>> print(diagnosis)  # doctest: +ELLIPSIS
         parameter ...
     """
-    if not is_count(num_gradients, least=2):
-        raise ValueError(
-            f"Expected num_gradients to be an integer of at least 2; got {num_gradients!r}."
-        )
+    check_count("num_gradients", num_gradients, least=2)
     device = next(objective.parameters()).device
     batches = Batches(loader, name="loader", num_data=objective.num_data, device=device)
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -133,8 +132,8 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
         endless = (batch for _ in range(int(num_gradients)) for batch in batches)
         for batch in islice(endless, int(num_gradients)):
             loss = objective(*batch)
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            for (key, parameter), gradient in zip(trained.items(), found, strict=True):
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            for (key, parameter), gradient in zip(trained.items(), gradients, strict=True):
                 value = torch.zeros_like(parameter) if gradient is None else gradient
                 for name, part in objective.parts(key, value).items():
                     moments[name].add(part)

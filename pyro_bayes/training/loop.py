@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_bayes.base import processes
-from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.checks import check_count
+from pyro_bayes.base.state import preserve_modes
 from pyro_bayes.posterior.leaves import whole_leaves
 from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training.diagnostics import warn_if_unmoved
@@ -148,15 +149,13 @@ def fit(
         device=place,
         precision=precision,
     )
-    modes = [(module, module.training) for module in objective.modules()]
-    try:
-        objective.to(place).train()
-        run.start()
-        run.train(epochs, progress=progress and processes.rank() == 0)
-    finally:
-        optimizer.zero_grad()
-        for module, mode in modes:
-            module.training = mode
+    with preserve_modes(objective):
+        try:
+            objective.to(place).train()
+            run.start()
+            run.train(epochs, progress=progress and processes.rank() == 0)
+        finally:
+            optimizer.zero_grad()
     warn_if_unmoved(objective.model, len(run.history))
     return run.history
 
@@ -201,27 +200,17 @@ def _check(objective: Any, optimizer: Any, scheduler: Any) -> None:
 def _check_options(
     epochs: Any, validation: Any, patience: Any, callbacks: Any, every: Any, precision: Any
 ) -> None:
-    for passed, expected, got in (
-        (is_count(epochs), "epochs to be an integer of at least 1", epochs),
-        (
-            patience is None or is_count(patience),
-            "patience to be an integer of at least 1",
-            patience,
-        ),
-        (is_count(every), "checkpoint_every to be an integer of at least 1", every),
-        (
-            patience is None or validation is not None,
-            "validation, whose loss patience watches",
-            validation,
-        ),
-        (
-            precision in (None, torch.bfloat16),
-            "precision to be torch.bfloat16 or None (float16 would need its losses scaled)",
-            precision,
-        ),
-    ):
-        if not passed:
-            raise ValueError(f"Expected {expected}; got {got!r}.")
+    check_count("epochs", epochs)
+    check_count("checkpoint_every", every)
+    if patience is not None:
+        check_count("patience", patience)
+        if validation is None:
+            raise ValueError("Expected validation, whose loss patience watches; got None.")
+    if precision not in (None, torch.bfloat16):
+        raise ValueError(
+            "Expected precision to be torch.bfloat16 or None (float16 would need its losses"
+            f" scaled); got {precision!r}."
+        )
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"Expected callbacks to be a list of functions; got {callbacks!r}.")
 

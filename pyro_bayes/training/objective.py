@@ -1,24 +1,19 @@
-"""The objective: the evidence lower bound, for plain PyTorch and for Pyro."""
+"""The objective: the evidence lower bound, for plain PyTorch."""
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_bayes.base.checks import check_batch, is_count, is_number
-from pyro_bayes.base.swap import Swap
+from pyro_bayes.base.checks import check_batch, check_count, is_count, is_number
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.noise.context import context_noise
-from pyro_bayes.pyro_bridge import store
-from pyro_bayes.pyro_bridge.particles import Particles
+from pyro_bayes.prediction.batches import arguments
 from pyro_bayes.training.schedule import Schedule
 
 _LOSSES = {
@@ -33,8 +28,6 @@ _LOSSES = {
     "nll": "Categorical()",
 }
 """Parts of the names of torch's losses, and the likelihoods to use instead."""
-
-_store_names: weakref.WeakKeyDictionary[Likelihood, str] = weakref.WeakKeyDictionary()
 
 
 class Terms(NamedTuple):
@@ -113,12 +106,9 @@ class ELBO(nn.Module):
         kl_weight: float | Schedule = 1.0,
     ) -> None:
         super().__init__()
-        _check(bnn, likelihood, num_data)
+        check_parts(bnn, likelihood, num_data)
         context_noise(local_trick, batch_dim)
-        if not is_count(num_samples):
-            raise ValueError(
-                f"Expected num_samples to be an integer of at least 1; got {num_samples!r}."
-            )
+        check_count("num_samples", num_samples)
         if not isinstance(kl_weight, Schedule) and not (
             is_number(kl_weight) and 0 <= kl_weight < math.inf
         ):
@@ -148,8 +138,8 @@ class ELBO(nn.Module):
         """Computes the two terms of the loss apart.
 
         Arguments:
-            x: A tensor, a tuple of positional arguments or a mapping of keyword arguments of the
-                base.
+            x: A tensor, a tuple (or a list, as loaders make them) of positional arguments or a
+                mapping of keyword arguments of the base.
             y: The targets.
 
         Returns:
@@ -160,7 +150,7 @@ class ELBO(nn.Module):
             ValueError: If the output or `y` does not fit the likelihood, or, in training mode, a
                 batch has more examples than `num_data`.
         """
-        args, kwargs = _arguments(x)
+        args, kwargs = arguments(x)
         nlls = []
         for _ in range(self.num_samples):
             with self.model.reparameterize_with_kl(self.local_trick, batch_dim=self.batch_dim) as (
@@ -185,8 +175,8 @@ class ELBO(nn.Module):
         """Computes the loss.
 
         Arguments:
-            x: A tensor, a tuple of positional arguments or a mapping of keyword arguments of the
-                base.
+            x: A tensor, a tuple (or a list, as loaders make them) of positional arguments or a
+                mapping of keyword arguments of the base.
             y: The targets.
 
         Returns:
@@ -235,75 +225,18 @@ class ELBO(nn.Module):
             yield from part.named_parameters(stem, recurse, remove_duplicate)
 
 
-def svi_model(bnn: BayesianModel, likelihood: Likelihood, num_data: int) -> Callable[..., Tensor]:
-    r"""Returns the Pyro model that :class:`ELBO` is the bound of.
-
-    Its sites are those of the weights and `"y"`, in a plate `"data"` of size `num_data`, which
-    scales minibatches to :math:`N`. So the loss of SVI is :math:`N` times that of :class:`ELBO`;
-    with the guide `bnn.exact_kl()` and :class:`pyro.infer.Trace_ELBO`, it is so on each draw. What
-    the likelihood learns are `pyro.param` statements of the same parameters, under the name of the
-    likelihood's class (with a number, if another living likelihood has it).
+def check_parts(bnn: Any, likelihood: Any, num_data: Any) -> None:
+    """Raises an error unless arguments are what an objective consists of.
 
     Arguments:
-        bnn: The model.
-        likelihood: The likelihood.
-        num_data: The number :math:`N` of examples in the whole training set, not in a batch.
-
-    Returns:
-        A function of `x`, as in :meth:`ELBO.forward`, and of the targets `y`. Without them, it
-        samples targets, as for :class:`pyro.infer.Predictive`.
+        bnn: What should be a model.
+        likelihood: What should be a likelihood.
+        num_data: What should be a number of examples.
 
     Raises:
-        TypeError: If an argument is of the wrong type, as a loss function instead of a likelihood.
-        ValueError: If `num_data` is not a positive integer.
-
-    Example:
-        >>> from pyro.infer import SVI, Trace_ELBO
-        >>> from pyro_bayes.likelihoods import Gaussian
-        >>> bnn = BayesianModel(nn.Linear(3, 1))
-        >>> model = svi_model(bnn, Gaussian(0.1, learn=True), num_data=100)
-        >>> guide = bnn.exact_kl(local_trick=True)
-        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
-        >>> loss = svi.step(torch.randn(20, 3), torch.randn(20, 1))
+        TypeError: If the model or the likelihood is something else, as a loss function.
+        ValueError: If the number is not a positive integer.
     """
-    _check(bnn, likelihood, num_data)
-
-    def model(x: Any, y: Tensor | None = None) -> Tensor:
-        args, kwargs = _arguments(x)
-        with bnn.lift() as net, _stated(likelihood):
-            output = net(*args, **kwargs)
-            batch_dims = 2 if isinstance(net, Particles) else 1
-            if y is None:
-                distribution = likelihood.distribution(output, batch_dims=batch_dims)
-                size = total = distribution.batch_shape[-1]
-            else:
-                size, total = y.shape[0] if isinstance(y, Tensor) and y.dim() else 1, num_data
-                check_batch(size, num_data)
-            with pyro.plate("data", total, subsample=torch.arange(size)):
-                return likelihood.sample("y", output, y, batch_dims=batch_dims)
-
-    return model
-
-
-@contextmanager
-def _stated(likelihood: Likelihood) -> Iterator[None]:
-    """Makes the `pyro.param` statements of a likelihood, and holds their values in it."""
-    trained = {n: p for n, p in likelihood.named_parameters() if p.requires_grad}
-    if trained and likelihood not in _store_names:
-        _store_names[likelihood] = store.claim(type(likelihood).__name__, likelihood)
-    name = _store_names.get(likelihood)
-    values = {n: store.statement(f"{name}.likelihood.{n}", p) for n, p in trained.items()}
-    with Swap(likelihood, {n: [n] for n in trained})(values):
-        yield
-
-
-def _arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(x, Mapping):
-        return (), x
-    return (x if type(x) is tuple else (x,)), {}  # a named tuple is one argument
-
-
-def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
     if not isinstance(bnn, BayesianModel):
         raise TypeError(
             f"Expected bnn to be a BayesianModel; got {type(bnn).__name__}. Wrap the network first:"
@@ -314,8 +247,8 @@ def _check(bnn: Any, likelihood: Any, num_data: Any) -> None:
         if isinstance(likelihood, type) and issubclass(likelihood, Likelihood):
             fix = f"Make one: {name}(…)."
         else:
-            found = (use for part, use in _LOSSES.items() if part in name.lower())
-            fix = f"Use pyro_bayes.likelihoods.{next(found, 'Gaussian(scale), or another')}."
+            uses = (use for part, use in _LOSSES.items() if part in name.lower())
+            fix = f"Use pyro_bayes.likelihoods.{next(uses, 'Gaussian(scale), or another')}."
         raise TypeError(
             "Expected likelihood to be a likelihood, which has the log-probability of each"
             f" example, and not a loss, which may be reduced or scaled; got {name}. {fix}"

@@ -17,9 +17,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_bayes.base import processes
+from pyro_bayes.base.state import (
+    Buffers,
+    evaluating,
+    random_state,
+    restore_random_state,
+    seeded,
+)
 from pyro_bayes.likelihoods import Likelihood
-from pyro_bayes.prediction.batches import Batch, Batches
-from pyro_bayes.training import checkpoint, finite, randomness
+from pyro_bayes.likelihoods.targets import check_labels
+from pyro_bayes.prediction.batches import Batch, Batches, generators
+from pyro_bayes.training import checkpoint, finite
 from pyro_bayes.training.history import History
 from pyro_bayes.training.objective import ELBO
 
@@ -88,7 +96,7 @@ class Run:
         self._patience, self._callbacks = patience, callbacks
         self._file, self._every = file, every
         self._device, self._precision = device, precision
-        self._loaders = [b.loader for b in (batches, held_out) if b is not None]
+        self._generators = generators([b.loader for b in (batches, held_out) if b is not None])
         self._best: dict[str, Tensor] | None = None
         self._stopped = False
         self._unchecked = True
@@ -103,7 +111,7 @@ class Run:
             self._scheduler,
             {
                 "processes": processes.count(),
-                "generators of the loaders": len(randomness.generators(self._loaders)),
+                "generators of the loaders": len(self._generators),
                 "validation": self._held_out is not None,
                 "patience": self._patience is not None,
             },
@@ -145,7 +153,7 @@ class Run:
         self._batches.set_epoch(epoch)
         # Callbacks may freeze parameters, or free them.
         self._trained = [(n, p) for n, p in self._objective.named_parameters() if p.requires_grad]
-        self._buffered = [m for m in self._objective.model.base.modules() if any(_buffers(m))]
+        self._modules = list(self._objective.model.base.modules())
         sums = _Sums()
         for number, batch in enumerate(self._batches):
             numbers = self._step(batch, f"at step {number} of epoch {epoch}")
@@ -174,7 +182,7 @@ class Run:
 
     def _step(self, batch: Batch, when: str) -> tuple[float, float, float]:
         """Takes one step, and returns the loss and its terms; an error leaves all as it was."""
-        kept = [(m, key, b, b.clone()) for m in self._buffered for key, b in _buffers(m)]
+        buffers = Buffers(self._modules)
         try:
             self._optimizer.zero_grad()
             with self._cast(), self._looking() as distributions:
@@ -186,10 +194,7 @@ class Run:
             finite.check_step(self._objective, numbers[0], gradients, when, self._advice())
             self._check_shared(len(gradients))
         except BaseException as error:
-            with torch.no_grad():
-                for module, key, buffer, value in kept:
-                    setattr(module, key, buffer)
-                    buffer.copy_(value)
+            buffers.restore()
             if isinstance(error, ValueError):
                 # What the likelihood refused may be what a parameter became.
                 finite.check_parameters(self._objective, when, self._advice())
@@ -202,25 +207,21 @@ class Run:
 
     def _rehearse(self) -> None:
         """Sees that validation will work, by its first batch, and draws no random numbers."""
-        state = randomness.state(self._device, self._loaders)
-        self._validation(count=1)
-        randomness.restore(state, self._device, self._loaders)
+        states = random_state(self._device, self._generators)
+        try:
+            self._validation(count=1)
+        finally:
+            restore_random_state(states, self._device, self._generators)
 
     def _validation(self, count: int | None = None) -> float | None:
         """Returns the mean negative log-likelihood of a validation example over all processes."""
         if self._held_out is None:
             return None
-        modes = [(module, module.training) for module in self._objective.modules()]
-        self._objective.eval()
         nll = examples = 0.0
-        try:
-            with torch.no_grad(), randomness.apart(_SEED, self._device), self._cast():
-                for x, y in islice(self._held_out, count):
-                    nll += float(self._objective.terms(x, y).nll) * len(y)
-                    examples += len(y)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(self._objective), seeded(_SEED), self._cast():
+            for x, y in islice(self._held_out, count):
+                nll += float(self._objective.terms(x, y).nll) * len(y)
+                examples += len(y)
         nll, examples = processes.total((nll, examples), self._device)
         return nll / examples
 
@@ -238,10 +239,10 @@ class Run:
 
     def _check_processes(self, there: bool) -> None:
         """Checks that processes can work together."""
-        found = processes.gather(
+        gathered = processes.gather(
             (self._batches.count, there, torch.get_rng_state().tolist()), self._device
         )
-        counts, files, states = zip(*found, strict=True)
+        counts, files, states = zip(*gathered, strict=True)
         if len(set(counts)) > 1:
             raise ValueError(
                 f"Expected each process to have as many batches; got {list(counts)}. Give the"
@@ -268,8 +269,8 @@ class Run:
     def _check_labels(self, distributions: Sequence[Distribution]) -> None:
         """Checks, before the first step, the targets that later ones will meet."""
         for batches in (self._batches, self._held_out) if distributions else ():
-            if batches is not None:
-                batches.check_labels(distributions[0])
+            for name, y in batches.targets if batches is not None else ():
+                check_labels(name, y, distributions[0])
         self._unchecked = False
 
     def _check_shared(self, gradients: int) -> None:
@@ -285,7 +286,7 @@ class Run:
     def _save(self, write: Callable[[Path, dict[str, Any]], None] = checkpoint.save) -> None:
         if self._file is None:
             return
-        states = processes.gather(randomness.state(self._device, self._loaders), self._device)
+        states = processes.gather(random_state(self._device, self._generators), self._device)
         if processes.rank() == 0:
             content = {
                 "identity": self._identity,
@@ -308,7 +309,7 @@ class Run:
         self.history = History(**saved["history"])
         self._best, self._stopped = saved["best"], saved["stopped"]
         own = saved["randomness"][processes.rank()]
-        randomness.restore(own, self._device, self._loaders)
+        restore_random_state(own, self._device, self._generators)
 
     def _advice(self) -> str:
         if self._file is None:
@@ -342,19 +343,15 @@ class _Sums(NamedTuple):
 @contextmanager
 def _noted(likelihood: Likelihood) -> Iterator[list[Distribution]]:
     """Notes the distributions that a likelihood makes while the context is open."""
-    found: list[Distribution] = []
+    distributions: list[Distribution] = []
     make = likelihood.distribution
 
     def distribution(*args: Any, **kwargs: Any) -> Distribution:
-        found.append(make(*args, **kwargs))
-        return found[-1]
+        distributions.append(make(*args, **kwargs))
+        return distributions[-1]
 
     vars(likelihood)["distribution"] = distribution
     try:
-        yield found
+        yield distributions
     finally:
         del vars(likelihood)["distribution"]
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return module.named_buffers(recurse=False)

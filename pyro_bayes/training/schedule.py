@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.checks import check_count
 
 
 class Schedule(nn.Module, ABC):
@@ -60,8 +60,7 @@ class LinearWarmup(Schedule):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        if not is_count(steps):
-            raise ValueError(f"Expected steps to be an integer of at least 1; got {steps!r}.")
+        check_count("steps", steps)
         self.steps = int(steps)
 
     @property

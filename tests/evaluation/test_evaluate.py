@@ -350,20 +350,16 @@ def test_seeds(gaussian):
     assert nll() == first
 
 
-def test_inputs_of_several_parts():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.map = nn.Linear(3, 1)
+def test_whatever_predicts_is_evaluated(gaussian):
+    bnn, likelihood, x, y = gaussian
 
-        def forward(self, a, b):
-            return self.map(a + b).squeeze(-1)
+    class Wrapper:
+        base, parameters, predict = bnn.base, bnn.parameters, bnn.predict
 
-    bnn, a, b, y = BayesianModel(Two()), torch.randn(6, 3), torch.randn(6, 3), torch.randn(6)
-    tuples = evaluate(bnn, Gaussian(1.0), [((a, b), y)], ood=[((a, b), y)], generator=seeded())
-    named = {"a": a, "b": b}
-    mappings = evaluate(bnn, Gaussian(1.0), [(named, y)], ood=[named], generator=seeded())
-    assert dict(tuples) == dict(mappings)
+    expected = evaluate(bnn, likelihood, [(x, y)], 5, ood=[x], generator=seeded())
+    assert dict(evaluate(Wrapper(), likelihood, [(x, y)], 5, ood=[x], generator=seeded())) == dict(
+        expected
+    )
 
 
 def test_base_is_in_evaluation_mode_and_given_back(gaussian):

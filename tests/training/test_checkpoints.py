@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
+from pyro_bayes.prediction.batches import generators
 from pyro_bayes.training import checkpoint, fit
 from pyro_bayes.training.schedule import LinearWarmup
 
@@ -315,11 +316,5 @@ def test_loaders_of_other_kinds_have_their_generators_saved():
         DataLoader(data, sampler=batches, batch_size=None),
         DataLoader(data, shuffle=True, generator=generator),
     ):
-        assert checkpoint_generators(loader) == [generator]
-    assert checkpoint_generators(DataLoader(data, shuffle=True)) == []
-
-
-def checkpoint_generators(*loaders):
-    from pyro_bayes.training.randomness import generators
-
-    return generators(loaders)
+        assert generators([loader]) == [generator]
+    assert generators([DataLoader(data, shuffle=True)]) == []

@@ -17,7 +17,8 @@ from torch.utils.data import (
 )
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
-from pyro_bayes.prediction.batches import Batches, check_finite
+from pyro_bayes.base.checks import check_finite
+from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training import History, fit
 from pyro_bayes.training.run import Run
 from pyro_bayes.training.schedule import LinearWarmup
@@ -381,7 +382,7 @@ def test_numbers_whose_squares_overflow_are_finite():
     optimizer = torch.optim.SGD(objective.parameters(), lr=1e-24)
     history = fit(objective, [(torch.ones(2, 1), 2 * torch.ones(2, 1))], 1, optimizer=optimizer)
     assert 1e19 < history.nll[0] < 1e21
-    check_finite(torch.full((2,), 3e38), "x")
+    check_finite("x", torch.full((2,), 3e38))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

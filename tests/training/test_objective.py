@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import numpy as np
 import pyro
@@ -441,6 +442,17 @@ def test_learned_noise_is_the_one_that_maximises_the_elbo():
     torch.testing.assert_close(logvar.exp(), variance, rtol=0.15, atol=0)
     assert log_scale.exp().item() == pytest.approx(scale.item(), rel=0.01)
     assert scale.item() == pytest.approx(NOISE_VAR**0.5, rel=0.15)  # the truth, of 40 points
+
+
+def test_svi_models_are_pickled_for_spawned_chains(bnn, data):
+    model = svi_model(bnn, Gaussian(0.3, learn=True), N)
+    copied = pickle.loads(pickle.dumps(model))
+    torch.manual_seed(1)
+    expected = poutine.trace(model).get_trace(*data).log_prob_sum()
+    torch.manual_seed(1)
+    trace = poutine.trace(copied).get_trace(*data)
+    torch.testing.assert_close(trace.log_prob_sum(), expected)
+    assert trace.nodes["y"]["scale"] == N / len(data[1])
 
 
 # Errors

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.checks import is_count
+from pyro_bayes.base.checks import check_count
 from pyro_bayes.evaluation.plots.canvas import COLORS, GREY, begin, finish, vectors
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def reliability(
         'confidence'
     """
     ax, index = begin(ax, size=(4.2, 4.2))
-    _check_bins(bins)
+    check_count("bins", bins)
     confidence, correct = vectors(confidence=confidence, correct=correct)
     confidence = _probabilities("confidence", confidence)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)
@@ -124,7 +124,7 @@ def pit_histogram(
         'density'
     """
     ax, index = begin(ax)
-    _check_bins(bins)
+    check_count("bins", bins)
     (values,) = vectors(pit=pit.flatten())
     values = _probabilities("pit", values)
     count = len(values)
@@ -152,11 +152,6 @@ def _wilson(shares: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     reach = (shares * (1 - shares) / counts + (z / (2 * counts)) ** 2).sqrt()
     reach = z * reach / (1 + z**2 / counts)
     return torch.minimum(centre - reach, shares), torch.maximum(centre + reach, shares)
-
-
-def _check_bins(bins: int) -> None:
-    if not is_count(bins):
-        raise ValueError(f"Expected bins to be an integer of at least 1; got {bins!r}.")
 
 
 def _probabilities(name: str, values: Tensor) -> Tensor:

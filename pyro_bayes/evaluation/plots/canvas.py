@@ -74,7 +74,7 @@ def vectors(**tensors: Tensor) -> list[Tensor]:
         ValueError: If they are not of one shape :math:`(N)`, are empty, or hold a number that is
             not finite.
     """
-    found: list[Tensor] = []
+    columns: list[Tensor] = []
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"Expected {name} to be a tensor; got {type(tensor).__name__}.")
@@ -83,13 +83,13 @@ def vectors(**tensors: Tensor) -> list[Tensor]:
                 f"Expected {name} to be of shape (N,), with a number for each of N examples; got"
                 f" {tuple(tensor.shape)}."
             )
-        if found and len(tensor) != len(found[0]):
+        if columns and len(tensor) != len(columns[0]):
             raise ValueError(
                 f"Expected {' and '.join(tensors)} to be of the same length; got"
-                f" {len(found[0])} and {len(tensor)}."
+                f" {len(columns[0])} and {len(tensor)}."
             )
         values = tensor.detach().to("cpu", torch.double)
         if not values.isfinite().all():
             raise ValueError(f"Expected {name} to be finite; got nan or inf among its numbers.")
-        found.append(values)
-    return found
+        columns.append(values)
+    return columns

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.checks import check_level
 from pyro_bayes.evaluation.plots.canvas import COLORS, GREY, begin, finish, vectors
 from pyro_bayes.likelihoods.predictive import Predictive
 
@@ -55,8 +55,7 @@ def regression_band(
         >>> ax = regression_band(x, predictive)
     """
     ax, index = begin(ax)
-    if not is_number(level) or not 0 < level < 1:
-        raise ValueError(f"Expected level to be a number between 0 and 1; got {level!r}.")
+    check_level("level", level)
     low, high = predictive.interval(level)
     reach = Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2)) * predictive.epistemic.sqrt()
     inputs, mean, low, high, reach = vectors(
