@@ -88,7 +88,7 @@ class Swap:
             for m in distinct
             for key, value in m.__dict__.items()
             if key == "training"
-            or isinstance(value, Tensor)
+            or (isinstance(value, Tensor) and _is_computed(m, key, value))
             or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
         self._places, self._originals, self._expected = places, originals, expected
@@ -136,8 +136,9 @@ class Swap:
 
         Contexts may be nested, and left in any order: a place holds the value of the latest that
         is open, and the parameter again when none is. On the way out, also by exception, each
-        submodule is in the mode (training or evaluation) it was in, and attributes that held a
-        plain tensor, such as the weights that weight norm computes, hold it again.
+        submodule is in the mode (training or evaluation) it was in, and weights that are computed
+        from parameters, as by weight norm, are those from before. Other attributes are the
+        network's own state, and stay what the network made them.
 
         Arguments:
             values: The tensors by the first names of the parameters they stand for.
@@ -165,6 +166,11 @@ class Swap:
             for container, key, value in attributes:
                 if value is not _MISSING:
                     container[key] = value
+
+
+def _is_computed(module: nn.Module, key: str, value: Tensor) -> bool:
+    """Tells whether an attribute is a weight that a module computes, from `weight_orig` or such."""
+    return value.requires_grad or any(p.startswith(f"{key}_") for p in module._parameters)
 
 
 def _referent(item: Any) -> Any:

@@ -85,17 +85,7 @@ def log_densities(layout: Layout, logvar: Tensor, spread: Tensor) -> Tensor:
     """
     terms = torch.empty_like(logvar)
     _launch(_log_density, logvar, spread, terms, math.log(2 * math.pi), logvar.numel())
-    return sums(layout, terms)
-
-
-def sums(layout: Layout, terms: Tensor) -> Tensor:
-    """Returns the sum over the elements of each parameter.
-
-    Arguments:
-        layout: Where parameters lie.
-        terms: The terms, one for each element.
-    """
-    return torch.stack([own.sum() for own in terms.split(layout.sizes)])
+    return layout.sums(terms)
 
 
 def gradients(
@@ -224,10 +214,7 @@ def _gradients(
         g = tl.load(of_outputs + i, mask=mask, other=0.0)
         b = weight * g * tl.load(spread + i, mask=mask, other=0.0)
     if scored:
-        if by_element:
-            f = tl.load(factors + i, mask=mask, other=0.0)
-        else:
-            f = tl.load(factors)
+        f = tl.load(factors + i, mask=mask, other=0.0) if by_element else tl.load(factors)
         p = precision
         if each:
             p = tl.load(precisions + i, mask=mask, other=0.0)

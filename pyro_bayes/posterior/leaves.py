@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyro_bayes.posterior.layout import Layout, Part
 
-_DATA: Any = Tensor.data  # type: ignore[misc]
-_GRAD: Any = Tensor.grad  # type: ignore[misc]
+_DATA: Any = Tensor.data
+_GRAD: Any = Tensor.grad
 
 
 class Leaf(nn.Parameter):
@@ -107,7 +107,7 @@ class NamedView(Leaf):
         return True
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """The gradient, a part of the leaf's; `None` if the leaf has none, or this was cleared."""
         grad = self.leaf.grad
         if grad is None or self._index in self._cleared(grad):
@@ -134,7 +134,7 @@ class NamedView(Leaf):
         leaf.grad.detach().as_strided(part.shape, part.stride, part.offset).copy_(value)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Whether the parameter trains, which goes for all of a leaf or none."""
         return self.leaf.requires_grad and self._index not in self.leaf.frozen
 
@@ -202,7 +202,7 @@ def alias(flat: Tensor, part: Part) -> Tensor:
         width = flat.element_size()
         piece = flat.untyped_storage()[part.offset * width : (part.offset + part.size) * width]
         own = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        own.set_(piece, 0, part.shape, part.stride)  # type: ignore[call-overload]
+        own.set_(piece, 0, part.shape, part.stride)
     except (NotImplementedError, RuntimeError, TypeError):  # what has no memory, on the meta device
         return flat.as_strided(part.shape, part.stride, part.offset)
     return own

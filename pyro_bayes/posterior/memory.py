@@ -105,6 +105,8 @@ class Memory:
         Arguments:
             values: What to take instead of leaves, by the names that :meth:`stored` has for them.
         """
+        if values is None and self._is_intact():
+            return self._intact
         if not torch.compiler.is_compiling() and self._has_moved():
             self.refresh()
         pairs = zip(self._layouts, self._keys, self._flats, strict=True)
@@ -189,7 +191,7 @@ class Memory:
         if self.leaves == "flat":
             self._build([[self._parameters[key].detach() for key in keys] for keys in self._keys])
             return
-        self._trees = {kind: self._modules[f"{kind}s"] for kind in KINDS}  # type: ignore[misc]
+        self._trees = {kind: self._modules[f"{kind}s"] for kind in KINDS}
         named = {kind: dict(tree.named_parameters()) for kind, tree in self._trees.items()}
         self._build(
             [
@@ -247,6 +249,12 @@ class Memory:
             for kind in KINDS
         }
         self._note_addresses()
+        if self.leaves == "flat":
+            leaves = {key: self._parameters[key] for keys in self._keys for key in keys}
+            self._watched = [(key, leaf, leaf.data_ptr()) for key, leaf in leaves.items()]
+            self._every_place = [p for places in self._by_layout.values() for p in places]
+            pairs = zip(self._layouts, self._keys, strict=True)
+            self._intact = [Flat(layout, *(leaves[key] for key in keys)) for layout, keys in pairs]
 
     def _flat_leaf(self, key: str, flat: Tensor) -> Leaf:
         leaf = self._parameters.get(key)
@@ -271,6 +279,15 @@ class Memory:
             former.adopt(alias(flat, part))
             return former
         return Leaf(alias(flat, part), former is None or former.requires_grad)
+
+    def _is_intact(self) -> bool:
+        """Tells whether flat leaves are all that counts, as they are in almost every step."""
+        if self.leaves == "named" or torch.compiler.is_compiling():
+            return False
+        for key, leaf, where in self._watched:
+            if self._parameters[key] is not leaf or leaf.data_ptr() != where or leaf.frozen:
+                return False
+        return all([holder[key] is own for holder, key, own, _ in self._every_place])
 
     def _has_moved(self) -> bool:
         """Tells whether the memory of any leaf is another than that of the posterior."""
@@ -297,4 +314,14 @@ class Memory:
                     self.addresses.update(zip(layout.names, where, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self), _trees={}, _places={}, _flats=[], _by_layout={}, _where=[])
+        return dict(
+            vars(self),
+            _trees={},
+            _places={},
+            _flats=[],
+            _by_layout={},
+            _where=[],
+            _watched=[],
+            _every_place=[],
+            _intact=[],
+        )

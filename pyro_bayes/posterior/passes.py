@@ -7,8 +7,8 @@ On GPUs that Triton compiles for, each is a kernel. Nothing here is seen by auto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,22 +21,6 @@ r"""What to compute: draws :math:`\mu + \sigma \epsilon`, deviations :math:`\sig
 variances :math:`\sigma^2`."""
 Number: TypeAlias = Literal["divergence", "divergences", "log_densities"]
 """A number to compute beside: the divergence, that of each parameter, or log-densities of draws."""
-Precision: TypeAlias = "float | Tensor"
-r"""The precision :math:`1 / \sigma_p^2` of the prior, of all elements or of each."""
-
-
-class Sampled(NamedTuple):
-    r"""What a pass computes.
-
-    Arguments:
-        output: What was asked for, a flat tensor.
-        spread: The deviations of draws from the mean, or the output again.
-        number: The number or numbers, if asked for.
-    """
-
-    output: Tensor
-    spread: Tensor
-    number: Tensor | None
 
 
 def sample(
@@ -45,8 +29,8 @@ def sample(
     mean: Tensor,
     logvar: Tensor,
     number: Number | None,
-    precision: Precision,
-) -> Sampled:
+    precision: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Draws all parameters, or computes deviations or variances.
 
     Arguments:
@@ -55,41 +39,43 @@ def sample(
         mean: The means :math:`\mu`, a flat tensor.
         logvar: The :math:`\log \sigma^2`, likewise.
         number: What to compute beside, if anything.
-        precision: The precision of the prior, for divergences.
+        precision: The precision :math:`1 / \sigma_p^2` of the prior, of all elements or of each.
+
+    Returns:
+        What was asked for, a flat tensor; the deviations of draws, or the same again; the number.
     """
     device = kernels(mean)
     if device:
         output, spread = device.sample(kind, mean, logvar)
         if number == "log_densities":
-            return Sampled(output, spread, device.log_densities(layout, logvar, spread))
-        if number:
-            return Sampled(output, spread, divergence(layout, number, mean, logvar, precision))
-        return Sampled(output, spread, None)
+            return output, spread, device.log_densities(layout, logvar, spread)
+        if number is None:
+            return output, spread, None
+        return output, spread, divergence(layout, number, mean, logvar, precision)
     output = torch.empty_like(mean)
     spread = torch.empty_like(mean) if kind == "draws" else output
     sums = _Sums(layout, number, mean)
-    for chunk in layout.chunks(mean):
-        here = slice(chunk.start, chunk.stop)
-        m, v, s = mean[here], logvar[here], spread[here]
+    for chunk, m, v, o, s in _pieces(layout, mean, logvar, output, spread):
+        total = None
         if kind == "variances":
             torch.exp(v, out=s)
             total = s.sum() if number == "divergence" else None
         else:
             s.normal_()
             if number == "log_densities":
-                sums.add(chunk, torch.addcmul(v, s, s, out=output[here]))
+                sums.add(chunk, torch.addcmul(v, s, s, out=o))
             scale = torch.mul(v, 0.5).exp_()
             total = torch.dot(scale, scale) if number == "divergence" else None
             s.mul_(scale)
             if kind == "draws":
-                torch.add(m, s, out=output[here])
+                torch.add(m, s, out=o)
         if number in ("divergence", "divergences"):
             sums.add_divergence(chunk, m, v, total, precision)
-    return Sampled(output, spread, sums.result())
+    return output, spread, sums.result() if number else None
 
 
 def divergence(
-    layout: Layout, number: Number, mean: Tensor, logvar: Tensor, precision: Precision
+    layout: Layout, number: Number, mean: Tensor, logvar: Tensor, precision: float | Tensor
 ) -> Tensor:
     r"""Computes :math:`D_{KL}(q \| p)` of all parameters or of each, in nats.
 
@@ -102,15 +88,13 @@ def divergence(
     """
     device = kernels(mean)
     if device:
-        terms = device.divergence_terms(mean, logvar, precision)
-        return terms.sum() if number == "divergence" else device.sums(layout, terms)
+        terms: Tensor = device.divergence_terms(mean, logvar, precision)
+        return terms.sum() if number == "divergence" else layout.sums(terms)
     sums = _Sums(layout, number, mean)
-    for chunk in layout.chunks(mean):
-        here = slice(chunk.start, chunk.stop)
-        total = logvar[here].exp().sum() if number == "divergence" else None
-        sums.add_divergence(chunk, mean[here], logvar[here], total, precision)
-    result = sums.result()
-    return mean.new_zeros(()) if result is None else result
+    for chunk, m, v in _pieces(layout, mean, logvar):
+        total = v.exp().sum() if number == "divergence" else None
+        sums.add_divergence(chunk, m, v, total, precision)
+    return sums.result()
 
 
 def gradients(
@@ -122,7 +106,7 @@ def gradients(
     of_means: Sequence[Tensor | None] | None,
     of_outputs: Sequence[Tensor | None] | None,
     of_number: Tensor | None,
-    precision: Precision,
+    precision: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the gradients by :math:`\mu` and :math:`\log \sigma^2`, flat tensors.
 
@@ -144,34 +128,26 @@ def gradients(
     mean_lines = lines if kind == "draws" else mean_lines
     device = kernels(mean)
     if device:
-        return device.gradients(  # type: ignore[no-any-return]
-            layout, mean, logvar, spread, mean_lines, lines, of_number, precision, weight
-        )
+        rest = spread, mean_lines, lines, of_number, precision, weight
+        return device.gradients(layout, mean, logvar, *rest)  # type: ignore[no-any-return]
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
-    for chunk in layout.chunks(mean):
-        here = slice(chunk.start, chunk.stop)
-        a, b = of_mean[here], of_logvar[here]
+    tensors = mean, logvar, of_mean, of_logvar, mean if spread is None else spread
+    for chunk, m, v, a, b, s in _pieces(layout, *tensors):
         given = None if lines is None else layout.gather(lines, chunk, mean)
         direct = given
-        if kind != "draws" and mean_lines is not None:
-            direct = layout.gather(mean_lines, chunk, mean)
+        if kind != "draws":
+            direct = None if mean_lines is None else layout.gather(mean_lines, chunk, mean)
         if of_number is None:
             a.zero_() if direct is None else a.copy_(direct)
-            if given is None or spread is None:
-                b.zero_()
-            else:
-                torch.mul(given, spread[here], out=b).mul_(weight)
+            b.zero_() if given is None else torch.mul(given, s, out=b).mul_(weight)
             continue
         factor = of_number if of_number.dim() == 0 else layout.each(of_number, chunk)
-        by = factor * (precision[here] if isinstance(precision, Tensor) else precision)
-        torch.exp(logvar[here], out=b).mul_(by).sub_(factor)
-        if given is not None and spread is not None:
-            b.addcmul_(given, spread[here], value=2 * weight)
+        by = factor * _piece(precision, chunk)
+        torch.exp(v, out=b).mul_(by).sub_(factor)
+        if given is not None:
+            b.addcmul_(given, s, value=2 * weight)
         b.mul_(0.5)
-        if direct is None:
-            torch.mul(mean[here], by, out=a)
-        else:
-            torch.addcmul(direct, mean[here], by, out=a)
+        torch.mul(m, by, out=a) if direct is None else torch.addcmul(direct, m, by, out=a)
     return of_mean, of_logvar
 
 
@@ -187,13 +163,26 @@ def log_density_gradients(
         grad: The gradient of each log-density.
     """
     of_mean, of_logvar, of_draws = (torch.empty_like(logvar) for _ in range(3))
-    for chunk in layout.chunks(logvar):
-        here = slice(chunk.start, chunk.stop)
-        factor, s = layout.each(grad, chunk), spread[here]
-        a = torch.neg(logvar[here], out=of_mean[here]).exp_().mul_(s).mul_(factor)
-        torch.mul(a, s, out=of_logvar[here]).sub_(factor).mul_(0.5)
-        torch.neg(a, out=of_draws[here])
+    for chunk, v, s, a, b, c in _pieces(layout, logvar, spread, of_mean, of_logvar, of_draws):
+        factor = layout.each(grad, chunk)
+        torch.neg(v, out=a).exp_().mul_(s).mul_(factor)
+        torch.mul(a, s, out=b).sub_(factor).mul_(0.5)
+        torch.neg(a, out=c)
     return of_mean, of_logvar, of_draws
+
+
+def _pieces(layout: Layout, *flats: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Returns the chunks of a layout, each with what flat tensors have there."""
+    chunks = layout.chunks(flats[0])
+    if len(chunks) == 1:
+        yield chunks[0], *flats
+        return
+    for chunk in chunks:
+        yield chunk, *[flat[chunk.start : chunk.stop] for flat in flats]
+
+
+def _piece(precision: float | Tensor, chunk: Chunk) -> float | Tensor:
+    return precision[chunk.start : chunk.stop] if isinstance(precision, Tensor) else precision
 
 
 class _Sums:
@@ -206,20 +195,23 @@ class _Sums:
     """
 
     def __init__(self, layout: Layout, number: Number | None, like: Tensor) -> None:
-        self._layout, self._number, self._like = layout, number, like
-        self._sums: list[Any] = [0.0] * (1 if number == "divergence" else len(layout.parts))
+        self._layout, self._like, self._is_log = layout, like, number == "log_densities"
+        self._total: Any = 0.0
+        self._sums: list[Any] | None = None
+        if number not in (None, "divergence"):
+            self._sums = [0.0] * len(layout.parts)
 
     def add(self, chunk: Chunk, terms: Tensor) -> None:
         """Adds terms of a chunk, one for each element."""
-        if self._number == "divergence":
-            self._sums[0] += self._read(terms.sum())
+        if self._sums is None:
+            self._total += self._read(terms.sum())
             return
-        several = len(chunk.sizes) > 1
-        for i, own in enumerate(terms.split(chunk.sizes) if several else (terms,), chunk.first):
+        parts = terms.split(chunk.sizes) if len(chunk.sizes) > 1 else (terms,)
+        for i, own in enumerate(parts, chunk.first):
             self._sums[i] += self._read(own.sum())
 
     def add_divergence(
-        self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: Precision
+        self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
         r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand."""
         if total is not None and not isinstance(precision, Tensor) and m.is_cpu:
@@ -227,27 +219,22 @@ class _Sums:
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
                 logs = float(v.sum()) + size * math.log(precision)
-                self._sums[0] += ratio + float(torch.dot(m, m)) * precision - size - logs
+                self._total += ratio + float(torch.dot(m, m)) * precision - size - logs
                 return
-        logs = precision.log() if isinstance(precision, Tensor) else math.log(precision)
-        if isinstance(precision, Tensor):
-            precision, logs = precision[chunk.start : chunk.stop], logs[chunk.start : chunk.stop]
-        a = v + logs
-        self.add(chunk, (torch.expm1(a) - a).add_(m.square().mul_(precision)))
+        own = _piece(precision, chunk)
+        a = v + (own.log() if isinstance(own, Tensor) else math.log(own))
+        self.add(chunk, (torch.expm1(a) - a).add_(m.square().mul_(own)))
 
-    def result(self) -> Tensor | None:
-        """Returns the number or numbers; `None` if none was asked for."""
-        if self._number is None:
-            return None
-        sums = self._sums
-        if self._number == "log_densities":
-            sizes = self._layout.sizes
-            sums = [-s - n * math.log(2 * math.pi) for s, n in zip(sums, sizes, strict=True)]
-        if all(isinstance(s, float) for s in sums):
-            values = self._like.new_tensor(sums)
-        else:
-            values = torch.stack([torch.as_tensor(s).to(self._like) for s in sums])
-        return values.mul_(0.5)[0] if self._number == "divergence" else values.mul_(0.5)
+    def result(self) -> Tensor:
+        """Returns the number or numbers."""
+        if self._sums is None:
+            total = 0.5 * self._total
+            return total if isinstance(total, Tensor) else self._like.new_tensor(total)
+        numbers = [0.5 * s for s in self._sums]
+        if self._is_log:
+            pairs = zip(numbers, self._layout.sizes, strict=True)
+            numbers = [-s - 0.5 * size * math.log(2 * math.pi) for s, size in pairs]
+        return torch.stack([torch.as_tensor(n).to(self._like) for n in numbers])
 
     def _read(self, total: Tensor) -> Any:
         # Other devices would have to be waited for.

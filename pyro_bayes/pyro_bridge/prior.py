@@ -97,7 +97,8 @@ class Prior(dist.Independent):
             return super().log_prob(value)  # type: ignore[no-any-return]
         if is_transformed() or value.dtype.itemsize < 4:
             constant = value.numel() * math.log(2 * math.pi * variance)
-            return -0.5 * (value.square().sum() / variance + constant)
+            half: Tensor = 0.5 * (value.square().sum() / variance + constant)
+            return -half
         log_prob: Tensor = _LogPrior.apply(variance, value)
         return log_prob
 
@@ -119,7 +120,7 @@ class _LogPrior(torch.autograd.Function):
         return None, value * (grad / -ctx.variance)
 
 
-@register_kl(Posterior, Prior)
+@register_kl(Posterior, Prior)  # type: ignore[untyped-decorator]
 def _kl_divergence(posterior: Posterior, prior: Prior) -> Tensor:
     divergence = posterior.joint.divergence(posterior.name, prior.variances)
     return divergence.expand(posterior.batch_shape)

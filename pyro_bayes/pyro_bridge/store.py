@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,8 @@ _pulling = threading.Lock()
 def claim(name: str, owner: object) -> str:
     """Gives an owner a name that no other living owner has.
 
-    What a former owner of the name left in the store is removed, so that it is never taken for the
-    new owner's. Values that were loaded into the store stay.
+    What owners that died left in the store is removed, so that it is never taken for a new owner's
+    and does not pile up. Values that were loaded into the store stay.
 
     Arguments:
         name: The wished name.
@@ -44,12 +44,20 @@ def claim(name: str, owner: object) -> str:
         number += 1
         found = f"{name}_{number}"
     _owners[found] = weakref.ref(owner)
+    dead = [name for name, reference in _owners.items() if reference() is None]
+    for name in dead:
+        del _owners[name]
+    _remove([found, *dead])
+    return found
+
+
+def _remove(names: Sequence[str]) -> None:
+    """Removes from the store what owners of some names registered there."""
     store = pyro.get_param_store()
-    parts = tuple(f"{found}.{part}." for part in ("means", "logvars", "base", "likelihood"))
+    parts = tuple(f"{name}." for name in names)
     for key, held in list(store.named_parameters()):
         if key.startswith(parts) and _registered.get(id(held), lambda: None)() is held:
             del store[key]
-    return found
 
 
 def pull(parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:

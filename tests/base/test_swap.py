@@ -241,3 +241,31 @@ def test_sampled_model_of_a_base_with_a_computed_weight():
     with bnn.reparameterize() as model:
         model(ROWS).sum().backward()
     bnn.sample_model()(ROWS).sum().backward()
+
+
+def test_plain_tensors_of_a_network_are_its_own_state():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(4, 3), torch.zeros(())
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.linear(x)
+
+    bnn = BayesianModel(Counter())
+    for _ in range(3):
+        with bnn.reparameterize() as model:
+            model(ROWS)
+    assert bnn.base.calls == 3
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, legacy_weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_computed_weights_are_given_back_without_gradients_too(norm):
+    net = norm(nn.Linear(4, 3)) if norm is nn.utils.spectral_norm else norm()
+    before, bnn = net.weight, BayesianModel(net)
+    with torch.no_grad(), bnn.reparameterize() as model:
+        model(ROWS)
+        assert net.weight is not before
+    assert net.weight is before

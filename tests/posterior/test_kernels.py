@@ -160,7 +160,6 @@ def test_divergences(kernels, mean, logvar, precision):
     exact = precision.double() if isinstance(precision, torch.Tensor) else precision
     expected = gaussian.divergence_terms(mean.double(), logvar.double(), exact)
     torch.testing.assert_close(terms.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kernels.sums(LAYOUT, terms), LAYOUT.sums(terms))
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.01, -0.01, 0.3, -0.49, 0.49, -0.51, 0.51, 3.0, -20.0])
