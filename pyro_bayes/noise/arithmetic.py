@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import affine, aligned, spread
+from pyro_bayes.noise.estimator import aligned, draw_linear, spread
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
+from pyro_bayes.noise.local import LinearOperator
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
@@ -21,15 +22,8 @@ def _mul(input: Any, other: Any) -> Any:
     example = _outer_example(gaussian, factor)
     if example is NotImplemented:
         return NotImplemented
-    return affine(
-        "mul",
-        lambda x, w, _: x * w,
-        (factor,),
-        gaussian,
-        example=example,
-        into={},
-        out=aligned(gaussian),
-    )
+    product = LinearOperator("mul", lambda x, w, _: x * w, {}, aligned(gaussian))
+    return draw_linear(product, (factor,), gaussian, example=example)
 
 
 @rule(torch.add, Tensor.add)

@@ -11,30 +11,26 @@ from torch import Tensor
 
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
-    change_of,
     drawn,
     gaussians_in,
     mean_of,
+    perturbation_of,
     variance_of,
 )
-from pyro_bayes.noise.local import LocalNoise, Map, Slopes
+from pyro_bayes.noise.local import AddNoise, LinearOperator, LocalNoise
 from pyro_bayes.posterior.flat import transformed
 
+_PRECISE = (torch.float32, torch.float64)
 _WHOLE = (None, None)
 
 
-def affine(
-    operator: str,
-    apply: Callable[..., Tensor],
+def draw_linear(
+    operator: LinearOperator,
     inputs: Sequence[Any],
     weight: Any,
     bias: Any = None,
     *,
     example: int | None,
-    into: Mapping[int, tuple[int, int]],
-    out: Mapping[int, int],
-    channel: int = -1,
-    slopes: Slopes | None = None,
 ) -> Any:
     r"""Draws the output of an operator that is linear in its weight and its bias.
 
@@ -51,21 +47,14 @@ def affine(
     has :math:`s_n^b \odot \Delta_b` instead.
 
     Arguments:
-        operator: The name of the operator.
-        apply: The operator :math:`f`, a function of the inputs, the weight and the bias, of which
-            the latter may be `None`.
+        operator: The operator :math:`f`.
         inputs: What the weight is multiplied by.
         weight: The weight, a Gaussian tensor or not.
         bias: The bias, likewise, or `None`.
         example: The dimension of inputs and output that counts examples, if there is one.
-        into: By dimension of the weight, the input and its dimension that it is contracted with.
-        out: By dimension of the weight, the dimension of the output that it becomes.
-        channel: The dimension of the output that the last dimension of the bias becomes, counted
-            from the right.
-        slopes: The operator's gradients in closed form, if it has one input.
 
     Returns:
-        The output.
+        The output, or `NotImplemented` if an input is sparse.
 
     References:
         | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
@@ -78,41 +67,89 @@ def affine(
     inputs = [drawn(x) for x in inputs]
     if any([x.layout is not torch.strided for x in inputs]):
         return NotImplemented
-    weight, bias = as_usable(operator, weight), as_usable(operator, bias)
-    if slopes is not None and isinstance(weight, GaussianTensor):
-        node = _one_node(operator, Map(apply, slopes), inputs[0], weight, bias, example)
-        if node is not None:
-            return node
-    mean = apply(*inputs, mean_of(weight), mean_of(bias))
-    gaussians = gaussians_in((weight, bias))
-    if not gaussians:
-        return mean
-    trailing = -channel - 1
+    weight, bias = as_usable(operator.name, weight), as_usable(operator.name, bias)
+    sources = gaussians_in((weight, bias))
+    if not sources:
+        return operator.apply(*inputs, weight, bias)
+    if sources[0] is weight and _has_closed_form(operator, inputs[0], weight):
+        return _closed_form(operator, inputs[0], sources, bias, example)
+    mean = operator.apply(*inputs, mean_of(weight), mean_of(bias))
+    return noisy(
+        operator.name,
+        mean,
+        sources,
+        variance=lambda: _variance(operator, inputs, weight, bias, mean),
+        perturbation=lambda: _perturbation(operator, inputs, weight, bias, mean, example),
+        example=example,
+    )
 
-    def variance() -> Tensor:
-        bias_variance = variance_of(bias) if isinstance(bias, GaussianTensor) else None
-        if not isinstance(weight, GaussianTensor):
-            return _trail(variance_of(bias), trailing).expand_as(mean)
-        with wide(mean) as convert:
-            squares = [convert(x).square() for x in inputs]
-            return apply(*squares, convert(variance_of(weight)), convert(bias_variance))
 
-    def change() -> Tensor:
-        count = 1 if example is None else mean.shape[example]
-        total, joins = mean.new_zeros(()), False
-        if isinstance(weight, GaussianTensor):
-            signed = list(inputs)
-            for dim, (which, target) in into.items():
-                signed[which] = _flip(signed[which], weight.signs(dim, count), example, target)
-            joins = _shares_signs(bias, weight, out)
-            total = apply(*signed, change_of(weight), change_of(bias) if joins else None)
-            for dim, target in out.items():
-                total = _flip(total, weight.signs(dim, count), example, target)
-        if isinstance(bias, GaussianTensor) and not joins:
-            total = total + elementwise_change(bias, mean, example, trailing)
-        return total
+def _has_closed_form(operator: LinearOperator, x: Tensor, weight: GaussianTensor) -> bool:
+    """Whether local noise can be one node of the autograd graph."""
+    if operator.gradients is None or weight.noise.estimator != "local":
+        return False
+    if x.dtype != mean_of(weight).dtype or x.dtype not in _PRECISE:
+        return False
+    return not (torch.is_autocast_enabled(x.device.type) or transformed())
 
-    return noisy(operator, mean, gaussians, variance=variance, change=change, example=example)
+
+def _closed_form(
+    operator: LinearOperator,
+    x: Tensor,
+    sources: Sequence[GaussianTensor],
+    bias: Any,
+    example: int | None,
+) -> Tensor:
+    """Draws the output with local noise as one node of the autograd graph."""
+    weight, noise = sources[0], sources[0].noise
+    _note(sources)
+    if sources[-1] is weight:  # the bias is no Gaussian tensor
+        source, bias_mean, bias_variance = (operator.name, weight.key), bias, None
+    else:
+        source = (operator.name, weight.key, bias.key)
+        bias_mean, bias_variance = mean_of(bias), variance_of(bias)
+    moments = (mean_of(weight), bias_mean, variance_of(weight), bias_variance)
+    return LocalNoise.apply(operator, noise, source, example, x, *moments)  # type: ignore[no-any-return]
+
+
+def _variance(
+    operator: LinearOperator, inputs: Sequence[Tensor], weight: Any, bias: Any, mean: Tensor
+) -> Tensor:
+    """Returns the variance of an output with local noise."""
+    bias_variance = variance_of(bias) if isinstance(bias, GaussianTensor) else None
+    if not isinstance(weight, GaussianTensor):
+        return _trail(variance_of(bias), -operator.channel - 1).expand_as(mean)
+    with wide(mean) as convert:
+        squares = [convert(x).square() for x in inputs]
+        return operator.apply(*squares, convert(variance_of(weight)), convert(bias_variance))
+
+
+def _perturbation(
+    operator: LinearOperator,
+    inputs: Sequence[Tensor],
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    example: int | None,
+) -> Tensor:
+    """Returns the deviation of each example's output from the mean with flipout."""
+    count = 1 if example is None else mean.shape[example]
+    total: Any = 0
+    shared = False
+    if isinstance(weight, GaussianTensor):
+        signed = list(inputs)
+        for dim, (which, target) in operator.into.items():
+            signed[which] = _flip(signed[which], weight.signs(dim, count), example, target)
+        shared = _shares_signs(bias, weight, operator.out)
+        total = operator.apply(
+            *signed, perturbation_of(weight), perturbation_of(bias) if shared else None
+        )
+        for dim, target in operator.out.items():
+            total = _flip(total, weight.signs(dim, count), example, target)
+    if isinstance(bias, GaussianTensor) and not shared:
+        trailing = -operator.channel - 1
+        total = total + elementwise_perturbation(bias, mean, example, trailing)
+    return total  # type: ignore[no-any-return]
 
 
 def _shares_signs(bias: Any, weight: GaussianTensor, out: Mapping[int, int]) -> bool:
@@ -129,29 +166,13 @@ def _shares_signs(bias: Any, weight: GaussianTensor, out: Mapping[int, int]) -> 
     return bias.noise.share(own.source[0], other.source[0])
 
 
-def _one_node(
-    operator: str, map: Map, x: Tensor, weight: GaussianTensor, bias: Any, example: int | None
-) -> Tensor | None:
-    """What :func:`affine` returns with local noise, in closed form, or `None` if it cannot."""
-    mean, noise = mean_of(weight), weight.noise
-    plain = x.dtype == mean.dtype and x.dtype.itemsize >= 4 and noise.estimator == "local"
-    if not plain or transformed() or torch.is_autocast_enabled(x.device.type):
-        return None
-    sources = gaussians_in((weight, bias))
-    _note(sources)
-    source = (operator, *[s.key for s in sources])
-    spreads = [variance_of(s) for s in sources]
-    given: Any = (x, mean, mean_of(bias), *spreads, *[None] * (2 - len(spreads)))
-    return LocalNoise.apply(map, lambda like: noise.normal(source, like, example), *given)  # type: ignore[no-any-return]
-
-
 def noisy(
     operator: str,
     mean: Tensor,
     sources: Sequence[GaussianTensor],
     *,
     variance: Callable[[], Tensor],
-    change: Callable[[], Tensor],
+    perturbation: Callable[[], Tensor],
     example: int | None,
 ) -> Tensor:
     r"""Draws an operator's output as the context's estimator has it.
@@ -163,13 +184,13 @@ def noisy(
         mean: The mean :math:`m` of the output.
         sources: The Gaussian tensors that the output depends on.
         variance: Returns the variance :math:`v` of the output, of the same shape.
-        change: Returns each example's deviation :math:`\Delta` from the mean under its signs.
+        perturbation: Returns each example's deviation :math:`\Delta` from the mean under its signs.
         example: The dimension of the output that counts examples, if there is one.
     """
     noise = sources[0].noise
     _note(sources)
     if noise.estimator == "flipout":
-        return mean + change().to(mean.dtype)
+        return mean + perturbation().to(mean.dtype)
     spread = variance()
     epsilon = noise.normal((operator, *(s.key for s in sources)), mean, example)
     if transformed() or spread.dtype != mean.dtype:
@@ -177,34 +198,14 @@ def noisy(
         # smallest normal number makes their product zero instead of NaN.
         scale = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt().to(mean.dtype)
         return torch.addcmul(mean, scale, epsilon)
-    return _Noisy.apply(mean, spread, epsilon)[0]  # type: ignore[no-any-return]
+    return AddNoise.apply(mean, spread, epsilon)[0]  # type: ignore[no-any-return]
 
 
 def _note(sources: Sequence[GaussianTensor]) -> None:
-    for source in sources:
-        source.noise.note(source.parameter, source.noise.estimator)
-
-
-class _Noisy(torch.autograd.Function):
-    """The sum of a mean and noise of some variance, and the noise's deviation."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, variance: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt_()
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, epsilon)
-        return torch.addcmul(mean, scale, epsilon), scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any, of_scale: Any) -> tuple[Tensor | None, ...]:
-        scale, epsilon = ctx.saved_tensors
-        if grad is not None and of_scale is None and not torch.is_grad_enabled():
-            return grad, torch.mul(grad, epsilon).div_(scale).mul_(0.5), None
-        # Second derivatives come back to the scale. Where it stands for none, they are none.
-        terms = [grad * epsilon] if grad is not None else []
-        terms += [of_scale] if of_scale is not None else []
-        some = scale > 2 * torch.finfo(scale.dtype).tiny ** 0.5
-        return grad, torch.where(some, sum(terms) / (2 * scale), 0.0) if terms else None, None
+    noise = sources[0].noise
+    if noise.uses is not None:
+        for source in sources:
+            noise.note(source.parameter, noise.estimator)
 
 
 def as_usable(operator: str, value: Any) -> Any:
@@ -235,12 +236,12 @@ def spread(operator: str, value: Any, term: Tensor, example: int | None) -> Tens
         mean,
         [value],
         variance=lambda: variance_of(value).expand_as(mean),
-        change=lambda: elementwise_change(value, mean, example),
+        perturbation=lambda: elementwise_perturbation(value, mean, example),
         example=example,
     )
 
 
-def elementwise_change(
+def elementwise_perturbation(
     value: GaussianTensor, like: Tensor, example: int | None, trailing: int = 0
 ) -> Tensor:
     """Returns the deviation from the mean under the examples' signs, to be broadcast to an output.
@@ -253,15 +254,17 @@ def elementwise_change(
         trailing: The number of dimensions of the output on the right that the tensor lacks.
     """
     count = 1 if example is None else like.shape[example]
-    change = _trail(change_of(value), trailing)
-    change = change.view((1,) * (like.dim() - change.dim()) + change.shape)
+    perturbation = _trail(perturbation_of(value), trailing)
+    perturbation = perturbation.view((1,) * (like.dim() - perturbation.dim()) + perturbation.shape)
     if example is not None and count > 1:
-        change = change.expand(*(count if d == example else -1 for d in range(like.dim())))
+        perturbation = perturbation.expand(
+            *(count if d == example else -1 for d in range(like.dim()))
+        )
     dims = mean_of(value).dim()
     for dim in range(dims):
         target = dim - dims - trailing
-        change = _flip(change, value.signs(dim, count), example, target)
-    return change
+        perturbation = _flip(perturbation, value.signs(dim, count), example, target)
+    return perturbation
 
 
 def example_dim(sources: Sequence[Any], leading: int) -> int | None:

@@ -289,7 +289,7 @@ def drawn(value: Any) -> Any:
     return value.moment("draw") if isinstance(value, GaussianTensor) else value
 
 
-def change_of(value: GaussianTensor) -> Tensor:
+def perturbation_of(value: GaussianTensor) -> Tensor:
     """Returns the one draw of a Gaussian tensor less its mean."""
     return value.moment("change")
 
