@@ -235,29 +235,30 @@ class GaussianTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:
-            return _pin(args[0])
-        if func in _METADATA:
-            if len(args) == 1 and not kwargs:
-                return func(args[0]._mean)
-            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
-        given = gaussians_in((*args, *kwargs.values()))
-        found = RULES.get(func)
-        if found is not None and not (given and given[0].noise.estimator == "weights"):
-            if any([g.parameter in g.noise.pinned for g in given]):
+        apply_rule = RULES.get(func)
+        if apply_rule is None:
+            if func == _REQUIRES_GRAD:
+                return _pin(args[0])
+            if func in _METADATA:
+                if len(args) == 1 and not kwargs:
+                    return func(args[0]._mean)
+                return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        gaussians = gaussians_in((*args, *kwargs.values()) if kwargs else args)
+        if apply_rule is not None and not (gaussians and gaussians[0].noise.estimator == "weights"):
+            if any([g.parameter in g.noise.pinned for g in gaussians]):
                 return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
-            out = found(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+            output = apply_rule(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, GaussianTensor):
                 value.noise.note(value.parameter, f"one draw ({func.__name__})")
                 value.noise.handed.add(value.parameter)
-        if given and _is_mutation(func, kwargs):
+        if gaussians and _is_mutation(func, kwargs):
             # From now on, the draw is what was made of it.
             with torch.enable_grad():
-                drawn(given[0])
-            given[0].noise.pinned.add(given[0].parameter)
+                drawn(gaussians[0])
+            gaussians[0].noise.pinned.add(gaussians[0].parameter)
         return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
 
     @classmethod

@@ -88,7 +88,7 @@ class LocalNoise(torch.autograd.Function):
     ) -> Tensor:
         output = operator.apply(x, weight, bias)
         scale = operator.apply(x * x, weight_variance, bias_variance)
-        # See `estimator.noisy` about a variance of zero.
+        # See `estimator._with_noise` about a variance of zero.
         scale.clamp_min_(torch.finfo(scale.dtype).tiny).sqrt_()
         epsilon = noise.normal(source, output, example)
         output.addcmul_(epsilon, scale)
