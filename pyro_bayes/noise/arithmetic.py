@@ -68,8 +68,14 @@ def _is_constant(value: Any) -> bool:
 
 
 def _may_depend(value: Tensor | float, gaussian: GaussianTensor) -> bool:
-    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is."""
-    return isinstance(value, Tensor) and gaussian.parameter in gaussian.noise.handed
+    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is.
+
+    What the parameter met before any operator had its draw is a constant, such as a mask.
+    """
+    noise = gaussian.noise
+    if not isinstance(value, Tensor) or gaussian.parameter not in noise.handed:
+        return False
+    return not noise.has_met(gaussian.key, value)
 
 
 def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:

@@ -44,7 +44,7 @@ class ContextNoise:
         self._level = _level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self.divergences: Callable[[float], Mapping[str, Tensor]] | None = None
-        """Returns the divergences of all parameters for a prior variance, if it is given."""
+        """Computes the divergences of all parameters for a prior variance, if anything does."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}
         self._sharing: dict[tuple[str, ...], tuple[str, ...]] = {}
 
@@ -114,18 +114,32 @@ class ContextNoise:
 
         Arguments:
             key: What the value is used with.
-            value: A tensor, which is known by what it holds, or something with a representation.
+            value: A tensor, which is told by what it holds, or something with a representation.
         """
         if not isinstance(value, Tensor):
             return value
-        if torch.compiler.is_compiling() or _level() > self._level:
+        if self._is_transformed():
             return 0
+        number = self._number(key, value)
+        if number is not None:
+            return number
         seen = self._seen.setdefault((key, value.shape, value.dtype, value.device), [])
+        seen.append(value.detach())
+        return len(seen) - 1
+
+    def has_met(self, key: str, value: Tensor) -> bool:
+        """Tells whether a key met an equal tensor before, see :meth:`token`."""
+        return not self._is_transformed() and self._number(key, value) is not None
+
+    def _number(self, key: str, value: Tensor) -> int | None:
+        seen = self._seen.get((key, value.shape, value.dtype, value.device), ())
         for number, earlier in enumerate(seen):
             if earlier is value or torch.equal(earlier, value):
                 return number
-        seen.append(value.detach())
-        return len(seen) - 1
+        return None
+
+    def _is_transformed(self) -> bool:
+        return torch.compiler.is_compiling() or _level() > self._level
 
     def outside(self) -> AbstractContextManager[None]:
         """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
@@ -231,7 +245,8 @@ def _random_signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     if device.type != "cpu" or count < 1024:
         return torch.rsub(torch.randint(2, tuple(shape), dtype=dtype, device=device), 1, alpha=2)
     # A CPU draws number after number: one random byte serves for eight signs.
-    signs = _SIGNS_OF_BYTES.index_select(0, torch.randint(256, (-(-count // 8),)))
+    random_bytes = torch.randint(256, (math.ceil(count / 8),), device=device)
+    signs = _SIGNS_OF_BYTES.index_select(0, random_bytes)
     return signs.view(-1)[:count].view(*shape).to(dtype)
 
 

@@ -37,13 +37,13 @@ def _embedding(
     example = example_dim((weight,), input.dim())
 
     def perturbation() -> Tensor:
-        found = F.embedding(input, perturbation_of(weight), *options)
+        product = F.embedding(input, perturbation_of(weight), *options)
         count = 1 if example is None else input.shape[example]
         each = input.numel() // max(count, 1)
         indices = (input if example is None else input.movedim(example, 0)).reshape(count, each)
         rows, columns = weight.signs(0, count), weight.signs(1, count)
-        turned = found if example is None else found.movedim(example, 0)
-        signed = turned.reshape(count, each, found.shape[-1])
+        turned = product if example is None else product.movedim(example, 0)
+        signed = turned.reshape(count, each, product.shape[-1])
         if rows is not None:
             signed = signed * rows.gather(1, indices).unsqueeze(-1)
         if columns is not None:

@@ -86,7 +86,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether an output with local noise can be one node of the autograd graph."""
     if x.dtype is not weight.dtype or x.dtype.itemsize < 4:
         return False
-    return not (torch._C._is_any_autocast_enabled() or transformed())
+    return not (transformed() or torch._C._is_any_autocast_enabled())
 
 
 def _variance(

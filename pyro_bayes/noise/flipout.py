@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, perturbation_of
@@ -35,17 +34,13 @@ def perturbed(
     if isinstance(weight, GaussianTensor):
         signed = list(inputs)
         for dim, (which, target) in operator.into.items():
-            signs = _aligned(weight.signs(dim, count), signed[which], example, target)
-            signed[which] = signed[which] if signs is None else signed[which] * signs
+            signed[which] = _flipped(signed[which], weight.signs(dim, count), example, target)
         shares = _shares_signs(bias, weight, operator.out)
         bias_perturbation = perturbation_of(bias) if shares else None
         product = operator.apply(*signed, perturbation_of(weight), bias_perturbation)
-        factor = None
         for dim, target in operator.out.items():
-            signs = _aligned(weight.signs(dim, count), product, example, target)
-            if signs is not None:
-                factor = signs if factor is None else factor * signs
-        output = mean + product if factor is None else torch.addcmul(mean, product, factor)
+            product = _flipped(product, weight.signs(dim, count), example, target)
+        output = mean + product
     if isinstance(bias, GaussianTensor) and not shares:
         output = output + elementwise_perturbation(bias, mean, example, -operator.channel - 1)
     return output
@@ -70,8 +65,7 @@ def elementwise_perturbation(
         product = product.expand([count if d == example else -1 for d in range(like.dim())])
     dims = mean_of(value).dim()
     for dim in range(dims):
-        signs = _aligned(value.signs(dim, count), product, example, dim - dims - trailing)
-        product = product if signs is None else product * signs
+        product = _flipped(product, value.signs(dim, count), example, dim - dims - trailing)
     return product
 
 
@@ -97,22 +91,21 @@ def _shares_signs(bias: Any, weight: GaussianTensor, out: Mapping[int, int]) -> 
     return bias.noise.share(own.source[0], other.source[0])
 
 
-def _aligned(signs: Tensor | None, like: Tensor, example: int | None, dim: int) -> Tensor | None:
-    """Returns each example's signs along a dimension of a tensor, to be broadcast to it."""
+def _flipped(value: Tensor, signs: Tensor | None, example: int | None, dim: int) -> Tensor:
+    """Multiplies a tensor by each example's signs along one of its dimensions."""
     if signs is None:
-        return None
-    dims = like.dim()
+        return value
+    dims = value.dim()
     dim = dim % dims
     if dim == example:  # the tensor has one value for all examples
-        return signs.view([-1 if d == example else 1 for d in range(dims)])
+        return value * signs.view([-1 if d == example else 1 for d in range(dims)])
     count, size = signs.shape
-    if size != like.shape[dim]:  # the groups of a convolution share a weight's dimension
-        size = like.shape[dim]
-        signs = signs.repeat(1, size // signs.shape[1])
+    if size != value.shape[dim]:  # the groups of a convolution share a weight's dimension
+        signs = signs.repeat(1, value.shape[dim] // size)
     if dims == 2 and example == 0:
-        return signs
+        return value * signs
     shape = [1] * dims
-    shape[dim] = size
+    shape[dim] = value.shape[dim]
     if example is not None:
         shape[example] = count
-    return (signs if example is None or example < dim else signs.T).reshape(shape)
+    return value * (signs if example is None or example < dim else signs.T).reshape(shape)

@@ -39,7 +39,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
-    """A linear layer whose input has a given dimension that counts examples, or none."""
+    """A linear layer whose input has one dimension that counts examples, or none."""
     if mean_of(weight).dim() < 2:
         return NotImplemented
     return draw_linear(_LINEAR, (input,), weight, bias, example=example)
