@@ -79,9 +79,9 @@ def _gradients(
         return values if len(values) == dims else [*values] * dims
 
     def gradients(
-        grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool], factor: float
+        grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        of_input, of_weight, of_bias = torch.ops.aten.convolution_backward.default(
+        return torch.ops.aten.convolution_backward.default(  # type: ignore[no-any-return]
             grad,
             input,
             weight,
@@ -94,10 +94,6 @@ def _gradients(
             groups,
             needed,
         )
-        if factor != 1:
-            of_weight = of_weight.mul_(factor) if needed[1] else None
-            of_bias = of_bias.mul_(factor) if needed[2] else None
-        return of_input, of_weight, of_bias
 
     return gradients
 

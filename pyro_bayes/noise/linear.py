@@ -15,19 +15,15 @@ from pyro_bayes.noise.local import LinearOperator
 
 
 def _gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool], factor: float
+    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     flat_grad = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
     flat_input = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    of_weight = of_bias = None
-    if needed[1] and factor == 1:
-        of_weight = flat_grad.t().mm(flat_input)
-    elif needed[1]:  # the product multiplies by the factor without another pass over memory
-        of_weight = torch.addmm(weight, flat_grad.t(), flat_input, beta=0, alpha=factor)
-    if needed[2]:
-        of_bias = flat_grad.sum(0)
-        of_bias = of_bias if factor == 1 else of_bias.mul_(factor)
-    return grad.matmul(weight) if needed[0] else None, of_weight, of_bias
+    return (
+        grad.matmul(weight) if needed[0] else None,
+        flat_grad.t().mm(flat_input) if needed[1] else None,
+        flat_grad.sum(0) if needed[2] else None,
+    )
 
 
 _LINEAR = LinearOperator("linear", F.linear, {1: (0, -1)}, {0: -1}, gradients=_gradients)

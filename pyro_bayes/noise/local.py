@@ -19,20 +19,13 @@ class Gradients(Protocol):
         input: The input.
         weight: The weight.
         needed: Which gradients to return: those of input, weight and bias.
-        factor: A number that the gradients of weight and bias are multiplied by.
 
     Returns:
         The gradients, differentiable; `None` or anything else where none is needed.
     """
 
     def __call__(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        needed: tuple[bool, bool, bool],
-        factor: float,
-        /,
+        self, grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool], /
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 
@@ -92,32 +85,31 @@ class LocalNoise(torch.autograd.Function):
         scale.clamp_min_(torch.finfo(scale.dtype).tiny).sqrt_()
         epsilon = noise.normal(source, output, example)
         output.addcmul_(epsilon, scale)
-        ratio = torch.div(epsilon, scale, out=scale)
+        # The derivative with respect to the variance, in the scale's memory.
+        of_variance = torch.div(epsilon, scale.add_(scale), out=scale)
         ctx.operator = operator
-        ctx.save_for_backward(x, weight, weight_variance, bias_variance, ratio)
+        ctx.save_for_backward(x, weight, weight_variance, bias_variance, of_variance)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        x, weight, weight_variance, bias_variance, ratio = ctx.saved_tensors
+        x, weight, weight_variance, bias_variance, of_variance = ctx.saved_tensors
         operator, square = ctx.operator, x * x
         if torch.is_grad_enabled():
             # Second derivatives go through the scale. Where it stands for none, they are none.
-            tiny = torch.finfo(ratio.dtype).tiny
+            tiny = torch.finfo(of_variance.dtype).tiny
             variance = operator.apply(square, weight_variance, bias_variance)
             scale = variance.clamp_min(tiny).sqrt()
-            epsilon = (ratio * scale).detach()
-            ratio = torch.where(scale > 2 * tiny**0.5, epsilon / scale, 0.0)
+            half_epsilon = (of_variance * scale).detach()
+            of_variance = torch.where(scale > 2 * tiny**0.5, half_epsilon / scale, 0.0)
         of_x, *of_means = ctx.needs_input_grad[4:7]
-        of_variances = ctx.needs_input_grad[7:]
-        gradients = operator.gradients
-        of_input, *means = gradients(grad, x, weight, (of_x, *of_means), 1.0)
-        # The square root halves a gradient, which the square of the input doubles again.
-        of_square, *variances = gradients(
-            grad * ratio, square, weight_variance, (of_x, *of_variances), 0.5
+        needed = (of_x, *ctx.needs_input_grad[7:])
+        of_input, *means = operator.gradients(grad, x, weight, (of_x, *of_means))
+        of_square, *variances = operator.gradients(
+            grad * of_variance, square, weight_variance, needed
         )
         if of_x:
-            of_input = of_input.addcmul_(of_square, x)
+            of_input = of_input.addcmul_(of_square, x, value=2)
         return None, None, None, None, of_input, *means, *variances
 
 
