@@ -3,19 +3,18 @@
 A rule is a function of the operator's own signature. It returns the operator's output, or
 `NotImplemented` for arguments that it does not cover, which then get one ordinary draw.
 :func:`~pyro_bayes.noise.gaussian_tensor.rule` puts it under the names by which torch reports the
-operator, and :func:`~pyro_bayes.noise.estimator.affine` draws the output of any operator that is
-linear in its weight and bias:
+operator, and :func:`~pyro_bayes.noise.estimator.draw_linear` draws the output of any operator that
+is linear in its weight and bias:
 
 >>> import torch
 >>> from pyro_bayes import BayesianModel
->>> from pyro_bayes.noise.estimator import affine, example_dim
+>>> from pyro_bayes.noise.estimator import draw_linear
 >>> from pyro_bayes.noise.gaussian_tensor import rule
+>>> from pyro_bayes.noise.local import LinearOperator
+>>> vdot = LinearOperator("vdot", lambda x, w, b: torch.vdot(x, w), into={0: (0, -1)}, out={})
 >>> @rule(torch.vdot)
 ... def _vdot(input, weight):
-...     return affine(
-...         "vdot", lambda x, w, b: torch.vdot(x, w), (input,), weight,
-...         example=None, into={0: (0, -1)}, out={},
-...     )
+...     return draw_linear(vdot, (input,), weight, example=None)
 
 The laws that every rule obeys are tested over the whole registry: a rule without a case there fails
 a test.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import affine, aligned, spread
+from pyro_bayes.noise.estimator import aligned, draw_linear, spread
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
+from pyro_bayes.noise.local import LinearOperator
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
@@ -21,15 +22,8 @@ def _mul(input: Any, other: Any) -> Any:
     example = _outer_example(gaussian, factor)
     if example is NotImplemented:
         return NotImplemented
-    return affine(
-        "mul",
-        lambda x, w, _: x * w,
-        (factor,),
-        gaussian,
-        example=example,
-        into={},
-        out=aligned(gaussian),
-    )
+    product = LinearOperator("mul", lambda x, w, _: x * w, {}, aligned(gaussian))
+    return draw_linear(product, (factor,), gaussian, example=example)
 
 
 @rule(torch.add, Tensor.add)
@@ -74,8 +68,14 @@ def _is_constant(value: Any) -> bool:
 
 
 def _may_depend(value: Tensor | float, gaussian: GaussianTensor) -> bool:
-    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is."""
-    return isinstance(value, Tensor) and gaussian.parameter in gaussian.noise.handed
+    """Whether a tensor may have been made of the parameter's draw, as a norm of its weights is.
+
+    What the parameter met before any operator had its draw is a constant, such as a mask.
+    """
+    noise = gaussian.noise
+    if not isinstance(value, Tensor) or gaussian.parameter not in noise.handed:
+        return False
+    return not noise.has_met(gaussian.key, value)
 
 
 def _keeps_shape(gaussian: GaussianTensor, other: Tensor | float) -> bool:

@@ -82,12 +82,9 @@ def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str
             return value.through(operator, key, None)
         target = varies[0] if varies else 0
         line = moved[tuple(slice(None) if d == target else 0 for d in range(moved.dim()))]
-        found = Axis(
-            axis.source, axis.size, tuple(line if i is None else i[line] for i in axis.lines)
-        )
-        known = after[target]
-        joined = found if known is None else Axis(*map(add, known, found))
-        after[target] = joined
+        lines = tuple(line if i is None else i[line] for i in axis.lines)
+        turned, other = Axis(axis.source, axis.size, lines), after[target]
+        after[target] = turned if other is None else Axis(*map(add, other, turned))
     return value.through(operator, key, tuple(after))
 
 

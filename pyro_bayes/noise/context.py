@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import product
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 Estimator: TypeAlias = Literal["weights", "local", "flipout"]
 
+_SIGNS_OF_BYTES = torch.tensor([*product((-1.0, 1.0), repeat=8)], dtype=torch.float32, device="cpu")
 _HERE: AbstractContextManager[None] = nullcontext()
 
 
@@ -58,11 +60,10 @@ class ContextNoise:
             like: A tensor of the wanted shape, dtype and device; the last dimension holds features.
             example: Its dimension that counts examples, if there is one.
         """
-        turned = like.movedim(example, 0) if example else like
-        last = turned.dim() - 1 if turned.dim() > 1 or example is None else 1
-        features = turned.shape[last:]
-        rows = self._rows(source, math.prod(turned.shape[:last]), features, like, torch.randn)
-        noise = rows if rows.shape == turned.shape else rows.view(turned.shape)
+        shape = (like.movedim(example, 0) if example else like).shape
+        last = len(shape) - 1 if len(shape) > 1 or example is None else 1
+        rows = self._rows(source, math.prod(shape[:last]), shape[last:], like, torch.randn)
+        noise = rows if len(shape) == 2 else rows.view(shape)
         return noise.movedim(0, example) if example else noise
 
     def signs(self, source: tuple[str, ...], count: int, size: int, like: Tensor) -> Tensor:
@@ -74,14 +75,8 @@ class ContextNoise:
             size: The length of a vector.
             like: A tensor of the wanted dtype and device.
         """
-
-        def sample(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.rsub(
-                torch.randint(2, tuple(shape), dtype=dtype, device=device), 1, alpha=2
-            )
-
         source = self._sharing.setdefault(source, source)
-        return self._rows(("signs", *source), count, (size,), like, sample)
+        return self._rows(("signs", *source), count, (size,), like, _random_signs)
 
     def share(self, source: tuple[str, ...], other: tuple[str, ...]) -> bool:
         """Lets a source have the signs of another, unless it has signs already.
@@ -119,18 +114,32 @@ class ContextNoise:
 
         Arguments:
             key: What the value is used with.
-            value: A tensor, which is known by what it holds, or something with a representation.
+            value: A tensor, which is told by what it holds, or something with a representation.
         """
         if not isinstance(value, Tensor):
             return value
-        if torch.compiler.is_compiling() or _level() > self._level:
+        if self._is_transformed():
             return 0
+        number = self._number(key, value)
+        if number is not None:
+            return number
         seen = self._seen.setdefault((key, value.shape, value.dtype, value.device), [])
-        for number, known in enumerate(seen):
-            if known is value or torch.equal(known, value):
-                return number
         seen.append(value.detach())
         return len(seen) - 1
+
+    def has_met(self, key: str, value: Tensor) -> bool:
+        """Tells whether a key met an equal tensor before, see :meth:`token`."""
+        return not self._is_transformed() and self._number(key, value) is not None
+
+    def _number(self, key: str, value: Tensor) -> int | None:
+        seen = self._seen.get((key, value.shape, value.dtype, value.device), ())
+        for number, earlier in enumerate(seen):
+            if earlier is value or torch.equal(earlier, value):
+                return number
+        return None
+
+    def _is_transformed(self) -> bool:
+        return torch.compiler.is_compiling() or _level() > self._level
 
     def outside(self) -> AbstractContextManager[None]:
         """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
@@ -146,19 +155,20 @@ class ContextNoise:
         self,
         source: tuple[str, ...],
         count: int,
-        features: Sequence[int],
+        features: tuple[int, ...],
         like: Tensor,
         sample: Callable[..., Tensor],
     ) -> Tensor:
-        key = (source, *features, like.dtype, like.device)
+        key = (source, features, like.dtype, like.device)
         rows = self._kept.get(key)
-        known = 0 if rows is None else len(rows)
-        if rows is None or known < count:
+        kept = 0 if rows is None else rows.shape[0]
+        if kept < count or rows is None:
             with self.outside():
-                missing = (count - known, *features)
-                more = sample(missing, dtype=like.dtype, device=like.device)
-                rows = self._kept[key] = more if rows is None else torch.cat((rows, more))
-        return rows if len(rows) == count else rows[:count]
+                more = sample((count - kept, *features), dtype=like.dtype, device=like.device)
+                rows = more if rows is None else torch.cat((rows, more))
+            self._kept[key] = rows
+            return rows
+        return rows if kept == count else rows[:count]
 
 
 class ParticleNoise(ContextNoise):
@@ -185,7 +195,7 @@ class ParticleNoise(ContextNoise):
         self,
         source: tuple[str, ...],
         count: int,
-        features: Sequence[int],
+        features: tuple[int, ...],
         like: Tensor,
         sample: Callable[..., Tensor],
     ) -> Tensor:
@@ -228,6 +238,16 @@ def _left(levels: int, inference: bool, hooked: bool) -> Iterator[None]:
         for _ in range(levels):
             stack.enter_context(temporarily_pop_interpreter_stack())
         yield
+
+
+def _random_signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    count = math.prod(shape)
+    if device.type != "cpu" or count < 1024:
+        return torch.rsub(torch.randint(2, tuple(shape), dtype=dtype, device=device), 1, alpha=2)
+    # A CPU draws number after number: one random byte serves for eight signs.
+    random_bytes = torch.randint(256, (math.ceil(count / 8),), device=device)
+    signs = _SIGNS_OF_BYTES.index_select(0, random_bytes)
+    return signs.view(-1)[:count].view(*shape).to(dtype)
 
 
 def _identity(value: Tensor) -> Tensor:

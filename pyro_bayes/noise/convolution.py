@@ -9,72 +9,98 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import affine
+from pyro_bayes.noise.estimator import draw_linear
 from pyro_bayes.noise.gaussian_tensor import rule
-from pyro_bayes.noise.local import Slopes
-
-_OPTIONS = ("stride", "padding", "dilation", "groups")
-_TRANSPOSED_OPTIONS = ("stride", "padding", "output_padding", "groups", "dilation")
-_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+from pyro_bayes.noise.local import Gradients, LinearOperator
 
 
-def _convolution(operator: Callable[..., Tensor], dims: int, transposed: bool) -> None:
-    names = _TRANSPOSED_OPTIONS if transposed else _OPTIONS
+def _forward(function: Callable[..., Tensor], dims: int) -> None:
+    @rule(function)
+    def convolution(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(x, w, b, stride, padding, dilation, groups)
 
-    def convolution(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
-        channel = -dims - 1
-        options = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
         batched = input.dim() == dims + 2
-        known = batched and not isinstance(options["padding"], str)
-        return affine(
-            operator.__name__,
-            lambda x, w, b: operator(x, w, b, *args, **kwargs),
-            (input,),
-            weight,
-            bias,
-            example=0 if batched else None,
-            into={int(not transposed): (0, channel)},
-            out={int(transposed): channel},
-            channel=channel,
-            slopes=_slopes(options, dims, transposed) if known else None,
+        gradients = None
+        if batched and not isinstance(padding, str):
+            gradients = _gradients(dims, stride, padding, dilation, False, 0, groups)
+        channel = -dims - 1
+        operator = LinearOperator(
+            function.__name__, apply, {1: (0, channel)}, {0: channel}, channel, gradients
         )
+        return draw_linear(operator, (input,), weight, bias, example=0 if batched else None)
 
-    rule(operator)(convolution)
+
+def _transposed(function: Callable[..., Tensor], dims: int) -> None:
+    @rule(function)
+    def convolution(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(x, w, b, stride, padding, output_padding, groups, dilation)
+
+        batched = input.dim() == dims + 2
+        gradients = None
+        if batched:
+            gradients = _gradients(dims, stride, padding, dilation, True, output_padding, groups)
+        channel = -dims - 1
+        operator = LinearOperator(
+            function.__name__, apply, {0: (0, channel)}, {1: channel}, channel, gradients
+        )
+        return draw_linear(operator, (input,), weight, bias, example=0 if batched else None)
 
 
-def _slopes(options: dict[str, Any], dims: int, transposed: bool) -> Slopes:
-    def each(name: str) -> list[int]:
-        value = options[name]
-        values = list(value) if isinstance(value, (tuple, list)) else [value]
-        return values * (dims if len(values) == 1 else 1)
+def _gradients(
+    dims: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Gradients:
+    def each(value: Any) -> Any:
+        values = value if isinstance(value, (tuple, list)) else [value]
+        return values if len(values) == dims else [*values] * dims
 
-    def slopes(
+    def gradients(
         grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        found: Any = torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(  # type: ignore[no-any-return]
             grad,
             input,
             weight,
             [grad.shape[1]],
-            each("stride"),
-            each("padding"),
-            each("dilation"),
+            each(stride),
+            each(padding),
+            each(dilation),
             transposed,
-            each("output_padding"),
-            options["groups"],
+            each(output_padding),
+            groups,
             needed,
         )
-        return found  # type: ignore[no-any-return]
 
-    return slopes
+    return gradients
 
 
-_FORWARD: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-for _dims in (1, 2, 3):
-    _convolution(_FORWARD[_dims - 1], _dims, transposed=False)
-    _convolution(_TRANSPOSED[_dims - 1], _dims, transposed=True)
+_forward(F.conv1d, 1)
+_forward(F.conv2d, 2)
+_forward(F.conv3d, 3)
+_transposed(F.conv_transpose1d, 1)
+_transposed(F.conv_transpose2d, 2)
+_transposed(F.conv_transpose3d, 3)

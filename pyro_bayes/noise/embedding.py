@@ -11,9 +11,9 @@ from torch import Tensor
 from pyro_bayes.noise.estimator import as_usable, example_dim, noisy
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
-    change_of,
     drawn,
     mean_of,
+    perturbation_of,
     rule,
     variance_of,
 )
@@ -36,14 +36,14 @@ def _embedding(
     mean = F.embedding(input, mean_of(weight), *options)
     example = example_dim((weight,), input.dim())
 
-    def change() -> Tensor:
-        found = F.embedding(input, change_of(weight), *options)
+    def perturbation() -> Tensor:
+        product = F.embedding(input, perturbation_of(weight), *options)
         count = 1 if example is None else input.shape[example]
         each = input.numel() // max(count, 1)
         indices = (input if example is None else input.movedim(example, 0)).reshape(count, each)
         rows, columns = weight.signs(0, count), weight.signs(1, count)
-        turned = found if example is None else found.movedim(example, 0)
-        signed = turned.reshape(count, each, found.shape[-1])
+        turned = product if example is None else product.movedim(example, 0)
+        signed = turned.reshape(count, each, product.shape[-1])
         if rows is not None:
             signed = signed * rows.gather(1, indices).unsqueeze(-1)
         if columns is not None:
@@ -56,7 +56,7 @@ def _embedding(
         mean,
         [weight],
         variance=lambda: F.embedding(input, variance_of(weight), *options),
-        change=change,
+        perturbation=perturbation,
         example=example,
     )
 
@@ -105,9 +105,11 @@ def _embedding_bag(
         together = share.new_zeros(len(pairs)).index_add(0, where, share)[where]
         return total(variance_of(weight), share * together)
 
-    def change() -> Tensor:
+    def perturbation() -> Tensor:
         rows, columns = weight.signs(0, count), weight.signs(1, count)
-        signed = total(change_of(weight), share if rows is None else share * rows[bags, indices])
+        signed = total(
+            perturbation_of(weight), share if rows is None else share * rows[bags, indices]
+        )
         return signed if columns is None else signed * columns
 
     return noisy(
@@ -115,6 +117,6 @@ def _embedding_bag(
         total(first, share),
         [weight],
         variance=variance,
-        change=change,
+        perturbation=perturbation,
         example=0,
     )

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.torch_private import is_transformed as transformed
+from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.noise.flipout import elementwise_perturbation, perturbed, with_trailing
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
-    change_of,
     drawn,
     gaussians_in,
     mean_of,
     variance_of,
 )
-from pyro_bayes.noise.local import LocalNoise, Map, Slopes
-
-_WHOLE = (None, None)
+from pyro_bayes.noise.local import AddNoise, LinearOperator, LocalNoise
 
 
-def affine(
-    operator: str,
-    apply: Callable[..., Tensor],
+def draw_linear(
+    operator: LinearOperator,
     inputs: Sequence[Any],
     weight: Any,
     bias: Any = None,
     *,
     example: int | None,
-    into: Mapping[int, tuple[int, int]],
-    out: Mapping[int, int],
-    channel: int = -1,
-    slopes: Slopes | None = None,
 ) -> Any:
     r"""Draws the output of an operator that is linear in its weight and its bias.
 
@@ -51,21 +44,14 @@ def affine(
     has :math:`s_n^b \odot \Delta_b` instead.
 
     Arguments:
-        operator: The name of the operator.
-        apply: The operator :math:`f`, a function of the inputs, the weight and the bias, of which
-            the latter may be `None`.
+        operator: The operator :math:`f`.
         inputs: What the weight is multiplied by.
         weight: The weight, a Gaussian tensor or not.
         bias: The bias, likewise, or `None`.
         example: The dimension of inputs and output that counts examples, if there is one.
-        into: By dimension of the weight, the input and its dimension that it is contracted with.
-        out: By dimension of the weight, the dimension of the output that it becomes.
-        channel: The dimension of the output that the last dimension of the bias becomes, counted
-            from the right.
-        slopes: The operator's gradients in closed form, if it has one input.
 
     Returns:
-        The output.
+        The output, or `NotImplemented` if an input is sparse.
 
     References:
         | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
@@ -78,71 +64,41 @@ def affine(
     inputs = [drawn(x) for x in inputs]
     if any([x.layout is not torch.strided for x in inputs]):
         return NotImplemented
-    weight, bias = as_usable(operator, weight), as_usable(operator, bias)
-    if slopes is not None and isinstance(weight, GaussianTensor):
-        node = _one_node(operator, Map(apply, slopes), inputs[0], weight, bias, example)
-        if node is not None:
-            return node
-    mean = apply(*inputs, mean_of(weight), mean_of(bias))
-    gaussians = gaussians_in((weight, bias))
-    if not gaussians:
-        return mean
-    trailing = -channel - 1
-
-    def variance() -> Tensor:
-        bias_variance = variance_of(bias) if isinstance(bias, GaussianTensor) else None
-        if not isinstance(weight, GaussianTensor):
-            return _trail(variance_of(bias), trailing).expand_as(mean)
-        with wide(mean) as convert:
-            squares = [convert(x).square() for x in inputs]
-            return apply(*squares, convert(variance_of(weight)), convert(bias_variance))
-
-    def change() -> Tensor:
-        count = 1 if example is None else mean.shape[example]
-        total, joins = mean.new_zeros(()), False
-        if isinstance(weight, GaussianTensor):
-            signed = list(inputs)
-            for dim, (which, target) in into.items():
-                signed[which] = _flip(signed[which], weight.signs(dim, count), example, target)
-            joins = _shares_signs(bias, weight, out)
-            total = apply(*signed, change_of(weight), change_of(bias) if joins else None)
-            for dim, target in out.items():
-                total = _flip(total, weight.signs(dim, count), example, target)
-        if isinstance(bias, GaussianTensor) and not joins:
-            total = total + elementwise_change(bias, mean, example, trailing)
-        return total
-
-    return noisy(operator, mean, gaussians, variance=variance, change=change, example=example)
-
-
-def _shares_signs(bias: Any, weight: GaussianTensor, out: Mapping[int, int]) -> bool:
-    """Lets a bias have the weight's signs along the output, and tells whether it has them.
-
-    The perturbations are independent, so that an example's are jointly what they are with signs of
-    their own.
-    """
-    if not isinstance(bias, GaussianTensor) or len(out) != 1 or not (weight.axes and bias.axes):
-        return False
-    own, other = bias.axes[0], weight.axes[next(iter(out))]
-    if own is None or other is None or own.size != other.size or own.lines + other.lines != _WHOLE:
-        return False
-    return bias.noise.share(own.source[0], other.source[0])
-
-
-def _one_node(
-    operator: str, map: Map, x: Tensor, weight: GaussianTensor, bias: Any, example: int | None
-) -> Tensor | None:
-    """What :func:`affine` returns with local noise, in closed form, or `None` if it cannot."""
-    mean, noise = mean_of(weight), weight.noise
-    plain = x.dtype == mean.dtype and x.dtype.itemsize >= 4 and noise.estimator == "local"
-    if not plain or transformed() or torch.is_autocast_enabled(x.device.type):
-        return None
+    weight, bias = as_usable(operator.name, weight), as_usable(operator.name, bias)
     sources = gaussians_in((weight, bias))
+    if not sources:
+        return operator.apply(*inputs, weight, bias)
     _note(sources)
-    source = (operator, *[s.key for s in sources])
-    spreads = [variance_of(s) for s in sources]
-    given: Any = (x, mean, mean_of(bias), *spreads, *[None] * (2 - len(spreads)))
-    return LocalNoise.apply(map, lambda like: noise.normal(source, like, example), *given)  # type: ignore[no-any-return]
+    noise, means = sources[0].noise, (mean_of(weight), mean_of(bias))
+    if noise.estimator == "flipout":
+        mean = operator.apply(*inputs, *means)
+        return perturbed(operator, inputs, weight, bias, mean, example).to(mean.dtype)
+    source = (operator.name, *[s.key for s in sources])
+    if operator.gradients is not None and sources[0] is weight and _is_plain(inputs[0], means[0]):
+        variances = variance_of(weight), variance_of(bias) if len(sources) == 2 else None
+        return LocalNoise.apply(operator, noise, source, example, inputs[0], *means, *variances)
+    mean = operator.apply(*inputs, *means)
+    variance = _variance(operator, inputs, weight, bias, mean)
+    return _with_noise(mean, variance, noise.normal(source, mean, example))
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether an output with local noise can be one node of the autograd graph."""
+    if x.dtype is not weight.dtype or x.dtype.itemsize < 4:
+        return False
+    return not (is_transformed() or torch._C._is_any_autocast_enabled())
+
+
+def _variance(
+    operator: LinearOperator, inputs: Sequence[Tensor], weight: Any, bias: Any, mean: Tensor
+) -> Tensor:
+    """Returns the variance of an output with local noise."""
+    bias_variance = variance_of(bias) if isinstance(bias, GaussianTensor) else None
+    if not isinstance(weight, GaussianTensor):
+        return with_trailing(variance_of(bias), -operator.channel - 1).expand_as(mean)
+    with wide(mean) as convert:
+        squares = [convert(x).square() for x in inputs]
+        return operator.apply(*squares, convert(variance_of(weight)), convert(bias_variance))
 
 
 def noisy(
@@ -151,7 +107,7 @@ def noisy(
     sources: Sequence[GaussianTensor],
     *,
     variance: Callable[[], Tensor],
-    change: Callable[[], Tensor],
+    perturbation: Callable[[], Tensor],
     example: int | None,
 ) -> Tensor:
     r"""Draws an operator's output as the context's estimator has it.
@@ -163,48 +119,31 @@ def noisy(
         mean: The mean :math:`m` of the output.
         sources: The Gaussian tensors that the output depends on.
         variance: Returns the variance :math:`v` of the output, of the same shape.
-        change: Returns each example's deviation :math:`\Delta` from the mean under its signs.
+        perturbation: Returns each example's deviation :math:`\Delta` from the mean under its signs.
         example: The dimension of the output that counts examples, if there is one.
     """
-    noise = sources[0].noise
     _note(sources)
+    noise = sources[0].noise
     if noise.estimator == "flipout":
-        return mean + change().to(mean.dtype)
-    spread = variance()
-    epsilon = noise.normal((operator, *(s.key for s in sources)), mean, example)
-    if transformed() or spread.dtype != mean.dtype:
+        return mean + perturbation().to(mean.dtype)
+    source = (operator, *[s.key for s in sources])
+    return _with_noise(mean, variance(), noise.normal(source, mean, example))
+
+
+def _with_noise(mean: Tensor, variance: Tensor, epsilon: Tensor) -> Tensor:
+    if is_transformed() or variance.dtype != mean.dtype:
         # The gradient of a square root is infinite at zero, where the variance's own is zero: the
         # smallest normal number makes their product zero instead of NaN.
-        scale = spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt().to(mean.dtype)
+        scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt().to(mean.dtype)
         return torch.addcmul(mean, scale, epsilon)
-    return _Noisy.apply(mean, spread, epsilon)[0]  # type: ignore[no-any-return]
+    return AddNoise.apply(mean, variance, epsilon)[0]  # type: ignore[no-any-return]
 
 
 def _note(sources: Sequence[GaussianTensor]) -> None:
-    for source in sources:
-        source.noise.note(source.parameter, source.noise.estimator)
-
-
-class _Noisy(torch.autograd.Function):
-    """The sum of a mean and noise of some variance, and the noise's deviation."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, variance: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
-        scale = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt_()
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, epsilon)
-        return torch.addcmul(mean, scale, epsilon), scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any, of_scale: Any) -> tuple[Tensor | None, ...]:
-        scale, epsilon = ctx.saved_tensors
-        if grad is not None and of_scale is None and not torch.is_grad_enabled():
-            return grad, torch.mul(grad, epsilon).div_(scale).mul_(0.5), None
-        # Second derivatives come back to the scale. Where it stands for none, they are none.
-        terms = [grad * epsilon] if grad is not None else []
-        terms += [of_scale] if of_scale is not None else []
-        some = scale > 2 * torch.finfo(scale.dtype).tiny ** 0.5
-        return grad, torch.where(some, sum(terms) / (2 * scale), 0.0) if terms else None, None
+    noise = sources[0].noise
+    if noise.uses is not None:
+        for source in sources:
+            noise.note(source.parameter, noise.estimator)
 
 
 def as_usable(operator: str, value: Any) -> Any:
@@ -235,33 +174,9 @@ def spread(operator: str, value: Any, term: Tensor, example: int | None) -> Tens
         mean,
         [value],
         variance=lambda: variance_of(value).expand_as(mean),
-        change=lambda: elementwise_change(value, mean, example),
+        perturbation=lambda: elementwise_perturbation(value, mean, example),
         example=example,
     )
-
-
-def elementwise_change(
-    value: GaussianTensor, like: Tensor, example: int | None, trailing: int = 0
-) -> Tensor:
-    """Returns the deviation from the mean under the examples' signs, to be broadcast to an output.
-
-    Arguments:
-        value: The Gaussian tensor.
-        like: The output.
-        example: The dimension of the output that counts examples, if there is one. If the tensor
-            has that dimension, its size must be 1.
-        trailing: The number of dimensions of the output on the right that the tensor lacks.
-    """
-    count = 1 if example is None else like.shape[example]
-    change = _trail(change_of(value), trailing)
-    change = change.view((1,) * (like.dim() - change.dim()) + change.shape)
-    if example is not None and count > 1:
-        change = change.expand(*(count if d == example else -1 for d in range(like.dim())))
-    dims = mean_of(value).dim()
-    for dim in range(dims):
-        target = dim - dims - trailing
-        change = _flip(change, value.signs(dim, count), example, target)
-    return change
 
 
 def example_dim(sources: Sequence[Any], leading: int) -> int | None:
@@ -281,29 +196,6 @@ def aligned(value: Any) -> dict[int, int]:
     """Returns each dimension of an elementwise weight, with the one of the output that it is."""
     dims = 0 if value is None else mean_of(value).dim()
     return {d: d - dims for d in range(dims)}
-
-
-def _flip(value: Tensor, signs: Tensor | None, example: int | None, dim: int) -> Tensor:
-    """Multiplies a tensor by each example's signs along one of its dimensions."""
-    if signs is None:
-        return value
-    dim = dim % value.dim()
-    if dim == example:  # the tensor has one value for all examples
-        return value * signs.view([-1 if d == example else 1 for d in range(value.dim())])
-    # The groups of a convolution share a weight's dimension.
-    size = value.shape[dim]
-    signs = signs if size == signs.shape[1] else signs.repeat(1, size // signs.shape[1])
-    shape = [1] * value.dim()
-    shape[dim] = size
-    if example is None:
-        return value * signs.view(shape)
-    shape[example] = len(signs)
-    turned = signs if example < dim else signs.T
-    return value * (turned if value.dim() == 2 else turned.reshape(shape))
-
-
-def _trail(value: Tensor, count: int) -> Tensor:
-    return value.view(*value.shape, *[1] * count) if count else value
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     return register
 
 
-Moment: TypeAlias = Literal["variance", "draw", "change"]
+Moment: TypeAlias = Literal["variance", "draw", "perturbation"]
 r"""The variances :math:`\sigma^2`, one ordinary draw, the same at each call, and that draw less the
 mean, :math:`\sigma \epsilon`."""
 
@@ -58,8 +58,8 @@ class GaussianTensor(torch.Tensor):
 
     Arguments:
         mean: The means :math:`\mu`.
-        known: Its moments, as far as they are known from the start: `"variance"`, `"draw"` and
-            `"change"`, which is the draw less the mean.
+        moments: Those of its moments that were computed before: `"variance"`, `"draw"` and
+            `"perturbation"`, which is the draw less the mean.
         make: Computes a moment when it is first needed; by default, from the posterior.
         parameter: The name of the parameter it comes from.
         key: What tells it from other tensors that come from the same parameter.
@@ -79,7 +79,7 @@ class GaussianTensor(torch.Tensor):
     def __init__(
         self,
         mean: Tensor,
-        known: dict[Moment, Tensor],
+        moments: dict[Moment, Tensor],
         make: Callable[[Moment], Tensor] | None = None,
         *,
         parameter: str,
@@ -88,7 +88,7 @@ class GaussianTensor(torch.Tensor):
         noise: ContextNoise,
         posterior: tuple[Tensor, Tensor],
     ) -> None:
-        self._mean, self._known, self._make, self._axes = mean, known, make, axes
+        self._mean, self._moments, self._make, self._axes = mean, moments, make, axes
         self.parameter, self.key, self.noise, self.posterior = parameter, key, noise, posterior
         self._logvar = posterior[1]
 
@@ -99,7 +99,7 @@ class GaussianTensor(torch.Tensor):
         logvar: Tensor,
         name: str,
         noise: ContextNoise,
-        known: dict[Moment, Tensor] | None = None,
+        moments: dict[Moment, Tensor] | None = None,
     ) -> GaussianTensor:
         r"""Makes the Gaussian tensor of a posterior with :math:`\mu` and :math:`\log \sigma^2`.
 
@@ -108,43 +108,43 @@ class GaussianTensor(torch.Tensor):
             logvar: The log-variances :math:`\log \sigma^2`.
             name: The name of the parameter.
             noise: The noise of the context.
-            known: What is known of its moments.
+            moments: Those of its moments that were computed before.
         """
         posterior = (mean, logvar)
-        return cls(mean, known or {}, parameter=name, key=name, noise=noise, posterior=posterior)
+        return cls(mean, moments or {}, parameter=name, key=name, noise=noise, posterior=posterior)
 
     def moment(self, name: Moment) -> Tensor:
         """Returns a moment: once computed, the same, unless it had no gradient and needs one."""
-        known = self._known.get(name)
-        if known is not None and (known.requires_grad or not self._trains()):
-            return known
+        kept = self._moments.get(name)
+        if kept is not None and (kept.requires_grad or not self._trains()):
+            return kept
         if self._make is not None:
             value = self._make(name)
         else:  # it serves the whole context, not only the place where it is made
             with self.noise.outside():
-                value = self._of_posterior(name, known)
-        if name != "change" or known is None:  # the draw has a graph of its own
-            self._known[name] = value
+                value = self._of_posterior(name, kept)
+        if name != "perturbation" or kept is None:  # the draw has a graph of its own
+            self._moments[name] = value
         return value
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior)
 
-    def _of_posterior(self, name: Moment, known: Tensor | None) -> Tensor:
+    def _of_posterior(self, name: Moment, kept: Tensor | None) -> Tensor:
         mean, logvar = self._mean, self._logvar
         if name == "variance":
             # Half precision has no small variances.
             return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
-        if known is not None:
+        if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            known, one = known.clone(), (0.5 * (logvar - logvar.detach())).exp()
-            if name == "change":
-                return known * one
-            return known + (mean - mean.detach()) + (known - mean).detach() * (one - 1)
-        if name == "change":
+            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach())).exp()
+            if name == "perturbation":
+                return kept * one
+            return kept + (mean - mean.detach()) + (kept - mean).detach() * (one - 1)
+        if name == "perturbation":
             return (0.5 * logvar).exp() * self.noise.of_parameter(self.parameter, mean)
-        if "change" in self._known:
-            return mean + self.moment("change")
+        if "perturbation" in self._moments:
+            return mean + self.moment("perturbation")
         return gaussian.draw(mean, logvar, self.noise.of_parameter(self.parameter, mean))
 
     @property
@@ -192,6 +192,7 @@ class GaussianTensor(torch.Tensor):
         def make(name: Moment) -> Tensor:
             return self.moment(name) + term if name == "draw" else self.moment(name)
 
+        self.noise.token(self.key, term)  # so that the term counts as a constant from now on
         return self._derived(self._mean + term, make, self.key, self.axes)
 
     def _derived(
@@ -235,29 +236,30 @@ class GaussianTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:
-            return _pin(args[0])
-        if func in _METADATA:
-            if len(args) == 1 and not kwargs:
-                return func(args[0]._mean)
-            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
-        given = gaussians_in((*args, *kwargs.values()))
-        found = RULES.get(func)
-        if found is not None and not (given and given[0].noise.estimator == "weights"):
-            if any([g.parameter in g.noise.pinned for g in given]):
+        apply_rule = RULES.get(func)
+        if apply_rule is None:
+            if func == _REQUIRES_GRAD:
+                return _pin(args[0])
+            if func in _METADATA:
+                if len(args) == 1 and not kwargs:
+                    return func(args[0]._mean)
+                return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        gaussians = gaussians_in((*args, *kwargs.values()) if kwargs else args)
+        if apply_rule is not None and not (gaussians and gaussians[0].noise.estimator == "weights"):
+            if any([g.parameter in g.noise.pinned for g in gaussians]):
                 return func(*tree_map(_unless_pinned, args), **tree_map(_unless_pinned, kwargs))
-            out = found(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+            output = apply_rule(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, GaussianTensor):
                 value.noise.note(value.parameter, f"one draw ({func.__name__})")
                 value.noise.handed.add(value.parameter)
-        if given and _is_mutation(func, kwargs):
+        if gaussians and _is_mutation(func, kwargs):
             # From now on, the draw is what was made of it.
             with torch.enable_grad():
-                drawn(given[0])
-            given[0].noise.pinned.add(given[0].parameter)
+                drawn(gaussians[0])
+            gaussians[0].noise.pinned.add(gaussians[0].parameter)
         return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
 
     @classmethod
@@ -289,9 +291,9 @@ def drawn(value: Any) -> Any:
     return value.moment("draw") if isinstance(value, GaussianTensor) else value
 
 
-def change_of(value: GaussianTensor) -> Tensor:
-    """Returns the one draw of a Gaussian tensor less its mean."""
-    return value.moment("change")
+def perturbation_of(value: GaussianTensor) -> Tensor:
+    """Returns the perturbation of a Gaussian tensor: its one draw less its mean."""
+    return value.moment("perturbation")
 
 
 def gaussians_in(values: Iterable[Any]) -> list[GaussianTensor]:
@@ -308,14 +310,14 @@ def _metadata() -> set[Callable[..., Any]]:
         "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed"
         " ndimension nelement numel size stride"
     )
-    found: set[Callable[..., Any]] = {
+    functions: set[Callable[..., Any]] = {
         getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
     }
-    found |= {getattr(Tensor, m) for m in methods.split()}
+    functions |= {getattr(Tensor, m) for m in methods.split()}
     likes = "zeros ones empty full rand randn"
-    found |= {getattr(torch, f"{like}_like") for like in likes.split()}
-    found |= {getattr(Tensor, f"new_{like}") for like in likes.split()[:4]}
-    return found | {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_tensor}
+    functions |= {getattr(torch, f"{like}_like") for like in likes.split()}
+    functions |= {getattr(Tensor, f"new_{like}") for like in likes.split()[:4]}
+    return functions | {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_tensor}
 
 
 _METADATA = _metadata()

@@ -9,8 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import affine, example_dim
+from pyro_bayes.noise.estimator import draw_linear, example_dim
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
+from pyro_bayes.noise.local import LinearOperator
+
+
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    flat_grad = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    flat_input = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    return (
+        grad.matmul(weight) if needed[0] else None,
+        flat_grad.t().mm(flat_input) if needed[1] else None,
+        flat_grad.sum(0) if needed[2] else None,
+    )
+
+
+_LINEAR = LinearOperator("linear", F.linear, {1: (0, -1)}, {0: -1}, gradients=_gradients)
 
 
 @rule(F.linear)
@@ -19,47 +35,19 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
-    """A linear layer whose input has a given dimension that counts examples, or none."""
+    """A linear layer whose input has one dimension that counts examples, or none."""
     if mean_of(weight).dim() < 2:
         return NotImplemented
-    return affine(
-        "linear",
-        F.linear,
-        (input,),
-        weight,
-        bias,
-        example=example,
-        into={1: (0, -1)},
-        out={0: -1},
-        slopes=_slopes,
-    )
+    return draw_linear(_LINEAR, (input,), weight, bias, example=example)
 
 
-def _slopes(
-    grad: Tensor, input: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-    columns = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    return (
-        torch.matmul(grad, weight) if needed[0] else None,
-        rows.t().mm(columns) if needed[1] else None,
-        rows.sum(0) if needed[2] else None,
-    )
+_BILINEAR = LinearOperator("bilinear", F.bilinear, {1: (0, -1), 2: (1, -1)}, {0: -1})
 
 
 @rule(F.bilinear)
 def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     example = example_dim((weight, bias), input1.dim() - 1)
-    return affine(
-        "bilinear",
-        F.bilinear,
-        (input1, input2),
-        weight,
-        bias,
-        example=example,
-        into={1: (0, -1), 2: (1, -1)},
-        out={0: -1},
-    )
+    return draw_linear(_BILINEAR, (input1, input2), weight, bias, example=example)
 
 
 @rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
@@ -77,15 +65,10 @@ def _matmul(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None)
     else:
         example = example_dim((input,), other.dim() - max(input.dim(), 2))
         into = -2
-    return affine(
-        "matmul",
-        lambda x, w, _: torch.matmul(w, x),
-        (other,),
-        input,
-        example=example,
-        into={input.dim() - 1: (0, into)},
-        out=out,
+    product = LinearOperator(
+        "matmul", lambda x, w, _: torch.matmul(w, x), {input.dim() - 1: (0, into)}, out
     )
+    return draw_linear(product, (other,), input, example=example)
 
 
 @rule(Tensor.__rmatmul__)
@@ -134,13 +117,6 @@ def _times_matrix(
     leading = input.dim() - (weight.dim() if weight.dim() > 2 else 1)
     contracted = max(last - 1, 0)
     out = {d: d - weight.dim() + (last == 0) for d in range(last + 1) if d != contracted}
-    return affine(
-        operator,
-        apply,
-        (input,),
-        weight,
-        bias,
-        example=example_dim((weight, bias), leading),
-        into={contracted: (0, -1)},
-        out=out,
-    )
+    product = LinearOperator(operator, apply, {contracted: (0, -1)}, out)
+    example = example_dim((weight, bias), leading)
+    return draw_linear(product, (input,), weight, bias, example=example)

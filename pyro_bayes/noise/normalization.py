@@ -9,8 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import affine, aligned, example_dim
+from pyro_bayes.noise.estimator import aligned, draw_linear, example_dim
 from pyro_bayes.noise.gaussian_tensor import RULES, drawn, rule
+from pyro_bayes.noise.local import LinearOperator
 
 
 @rule(F.layer_norm)
@@ -70,18 +71,11 @@ def _scaled(
     leading: int = 1,
     trailing: int = 0,
 ) -> Any:
-    """The affine part of a normalisation."""
+    """Scales and shifts what was normalised."""
     weight, bias = (v if v is None else v.view(*v.shape, *[1] * trailing) for v in (weight, bias))
-    return affine(
-        operator,
-        _multiply_add,
-        (normed,),
-        weight,
-        bias,
-        example=example_dim((weight, bias), leading),
-        into={},
-        out=aligned(weight),
-    )
+    scaling = LinearOperator(operator, _multiply_add, {}, aligned(weight))
+    example = example_dim((weight, bias), leading)
+    return draw_linear(scaling, (normed,), weight, bias, example=example)
 
 
 def _multiply_add(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from pyro_bayes.priors.variance import PriorVariances
 
 _KINDS: dict[Estimator, tuple[Kind, Moment]] = {
     "weights": ("draws", "draw"),
-    "flipout": ("deviations", "change"),
+    "flipout": ("deviations", "perturbation"),
     "local": ("variances", "variance"),
 }
 

@@ -196,6 +196,23 @@ def test_weights_made_of_their_own_draw_are_one_draw(local_trick):
 
 
 @pytest.mark.parametrize("local_trick", [True, "flipout"])
+@pytest.mark.parametrize("combine", [torch.mul, torch.add])
+def test_output_stays_the_same_after_a_draw(local_trick, combine):
+    """A constant that the parameter met before its draw was not made of the draw."""
+
+    def masked(x, w):
+        return F.linear(x, combine(w, torch.ones(3, 4).tril()))
+
+    x = torch.randn(5, 4)
+    with weights(masked, (3, 4)).reparameterize(local_trick) as model:
+        before = model(x)
+        model.weight.abs().sum()
+        assert torch.equal(model(x), before)
+        of_draw = F.linear(x, model.weight / model.weight.abs())
+        torch.testing.assert_close(of_draw, F.linear(x, model.weight.sign()))
+
+
+@pytest.mark.parametrize("local_trick", [True, "flipout"])
 def test_changes_in_place_are_kept(local_trick):
     def zeroed(x, w):
         w = w.clone()
@@ -309,6 +326,10 @@ LAYERS = {
     "sequence": (nn.Linear(3, 2, bias=False), (2, 4, 3)),
     "one example": (nn.Linear(3, 2), (3,)),
     "convolution": (nn.Conv2d(2, 4, (3, 2), 2, (1, 0), dilation=(1, 2), groups=2), (3, 2, 5, 5)),
+    "options": (
+        Weighted(lambda x, w, b: F.conv2d(x, w, b, 2, padding=[1, 0]), (4, 2, 3, 2), (4,)),
+        (3, 2, 5, 5),
+    ),
     "padded": (nn.Conv1d(2, 3, 3, padding="same"), (3, 2, 5)),
     "transposed": (nn.ConvTranspose2d(2, 4, 3, 2, 1, (1, 0), 2), (3, 2, 3, 3)),
 }

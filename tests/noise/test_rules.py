@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
 from pyro_bayes import BayesianModel
-from pyro_bayes.noise.gaussian_tensor import RULES, GaussianTensor, change_of, mean_of
+from pyro_bayes.noise.gaussian_tensor import RULES, GaussianTensor, mean_of, perturbation_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 ERRORS = 5.5  # standard errors that a mean of many elements may be off by
@@ -80,13 +80,13 @@ def weights_of_examples(model, count, signed=True):
     for name, value in named_tensors(model):
         if not isinstance(value, GaussianTensor):
             continue
-        change = change_of(value).expand(count, *value.shape)
+        perturbation = perturbation_of(value).expand(count, *value.shape)
         for dim in range(value.dim()):
             signs = value.signs(dim, count) if signed else None
             if signs is not None:
                 shape = [-1 if d == dim else 1 for d in range(value.dim())]
-                change = change * signs.view(count, *shape)
-        parameters[name] = mean_of(value) + change
+                perturbation = perturbation * signs.view(count, *shape)
+        parameters[name] = mean_of(value) + perturbation
     return parameters
 
 
