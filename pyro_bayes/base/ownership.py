@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from pyro_bayes.base.torch_private import outside_transforms
+
 
 class Claim:
     """That a parameter of a base belongs to an owner, and what that changed.
@@ -32,7 +34,8 @@ class Claim:
             return
         del _claims[self.key]
         if parameter is not None and self.trained:
-            parameter.requires_grad_()
+            with outside_transforms():  # an owner may die at any time
+                parameter.requires_grad_()
 
 
 _claims: dict[int, Claim] = {}

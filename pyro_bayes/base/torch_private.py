@@ -1,18 +1,68 @@
-"""What torch has no public call for: each private use has its place here, and a test."""
+"""What torch has no public call for, in one place.
+
+Other files take these from here. `tests/base/test_torch_private.py` says what each must do.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+
+__all__ = [
+    "TorchDispatchMode",
+    "has_saved_tensors_hooks",
+    "is_any_autocast_enabled",
+    "is_transformed",
+    "outside_transforms",
+    "transform_level",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "untracked_views",
+    "without_torch_function",
+    "wrapper_subclass",
+]
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+without_torch_function: Callable[[], AbstractContextManager[Any]] = (
+    torch._C.DisableTorchFunctionSubclass
+)
 
 
 def transform_level() -> int:
     """Returns how many `torch.func` transforms are active."""
     return torch._C._functorch.maybe_current_level() or 0
+
+
+@contextmanager
+def outside_transforms(levels: int | None = None) -> Iterator[None]:
+    """Leaves the innermost `torch.func` transforms while the context is open.
+
+    Arguments:
+        levels: How many; all by default.
+    """
+    with ExitStack() as stack:
+        for _ in range(transform_level() if levels is None else levels):
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
 
 
 def is_transformed() -> bool:
@@ -24,7 +74,24 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0
 
 
+def has_saved_tensors_hooks() -> bool:
+    """Tells whether default hooks on saved tensors are set, as by activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def untracked_views() -> AbstractContextManager[None]:
     """Makes views that autograd takes for tensors of their own, which may change in place."""
     guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(_VIEWS)
     return guard
+
+
+def wrapper_subclass(cls: type[Tensor], like: Tensor) -> Any:
+    """Returns a tensor of a subclass, without values, of another tensor's shape and kind.
+
+    Arguments:
+        cls: The subclass.
+        like: The other tensor.
+    """
+    return torch.Tensor._make_wrapper_subclass(
+        cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+    )

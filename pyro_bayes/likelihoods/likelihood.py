@@ -13,9 +13,9 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
-from torch.utils._pytree import tree_leaves
 
 from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.torch_private import tree_leaves
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values, fit_target
 from pyro_bayes.prediction.predict import Predictor

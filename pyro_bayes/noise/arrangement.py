@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from pyro_bayes.base.torch_private import tree_map
 from pyro_bayes.noise.gaussian_tensor import RULES, Axis, GaussianTensor, mean_of
 
 _CONVERSIONS: tuple[Callable[..., Any], ...] = (

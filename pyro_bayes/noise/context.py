@@ -10,7 +10,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from pyro_bayes.base.torch_private import (
+    has_saved_tensors_hooks,
+    outside_transforms,
+    transform_level,
+)
 
 Estimator: TypeAlias = Literal["weights", "local", "flipout"]
 
@@ -41,7 +46,7 @@ class ContextNoise:
         """Names of parameters of which some operator has had the one draw."""
         self.uses: dict[str, list[str]] | None = None
         """What became of each parameter by name, if somebody wants to know."""
-        self._level = _level()
+        self._level = transform_level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self.divergence: Callable[[str, Any], Tensor] | None = None
         """Returns the divergence of a parameter by name, for the variances of the prior."""
@@ -139,14 +144,14 @@ class ContextNoise:
         return None
 
     def _is_transformed(self) -> bool:
-        return torch.compiler.is_compiling() or _level() > self._level
+        return torch.compiler.is_compiling() or transform_level() > self._level
 
     def outside(self) -> AbstractContextManager[None]:
         """Leaves inference mode, saved-tensor hooks and transforms entered within the context."""
         if torch.compiler.is_compiling():
             return _HERE
-        levels, inference = _level() - self._level, torch.is_inference_mode_enabled()
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        levels, inference = transform_level() - self._level, torch.is_inference_mode_enabled()
+        hooked = has_saved_tensors_hooks()
         if not (levels or inference or hooked):
             return _HERE
         return _left(levels, inference, hooked)
@@ -235,8 +240,7 @@ def _left(levels: int, inference: bool, hooked: bool) -> Iterator[None]:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
         if inference:
             stack.enter_context(torch.inference_mode(False))
-        for _ in range(levels):
-            stack.enter_context(temporarily_pop_interpreter_stack())
+        stack.enter_context(outside_transforms(levels))
         yield
 
 
@@ -252,8 +256,3 @@ def _random_signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
 def _identity(value: Tensor) -> Tensor:
     return value
-
-
-def _level() -> int:
-    # There is no public call that says how many transforms are active.
-    return torch._C._functorch.maybe_current_level() or 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.base.torch_private import is_any_autocast_enabled, is_transformed
 from pyro_bayes.noise.flipout import elementwise_perturbation, perturbed, with_trailing
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
@@ -86,7 +86,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether an output with local noise can be one node of the autograd graph."""
     if x.dtype is not weight.dtype or x.dtype.itemsize < 4:
         return False
-    return not (is_transformed() or torch._C._is_any_autocast_enabled())
+    return not (is_transformed() or is_any_autocast_enabled())
 
 
 def _variance(

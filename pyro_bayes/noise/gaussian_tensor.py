@@ -7,8 +7,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from pyro_bayes.base.torch_private import (
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+    wrapper_subclass,
+)
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.posterior import gaussian
 
@@ -72,9 +77,7 @@ class GaussianTensor(torch.Tensor):
     def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
         # A wrapper without storage: an operator that went around the rules would fail, not use the
         # mean without a word.
-        return torch.Tensor._make_wrapper_subclass(
-            cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device
-        )
+        return wrapper_subclass(cls, mean)  # type: ignore[no-any-return]
 
     def __init__(
         self,
@@ -336,7 +339,7 @@ def _pin(value: GaussianTensor) -> bool:
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
         return False
     sample = drawn(value)
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         if not value.requires_grad:
             value.add_(sample)
     return True

@@ -18,9 +18,8 @@ from pyro_bayes.posterior.layout import Layout
 from pyro_bayes.posterior.passes import Kind, Number
 
 Precision: TypeAlias = "float | Tensor | Callable[[Tensor, Tensor], Tensor]"
-r"""The precision :math:`1 / \sigma_p^2` of the prior: of all elements, of each, or what computes that
-of each from means and log-variances and minimises the divergence, whose first derivative by it is
-0."""
+r"""The precision :math:`1 / \sigma_p^2` of the prior: of all elements; of each; or a function of
+means and log-variances that returns that of each with which the divergence is least."""
 
 
 class Flat(NamedTuple):
@@ -132,11 +131,17 @@ def _by_formulas(posterior: Flat, kind: Kind, number: Number | None, precision: 
     if kind == "variances":  # of which half precision has no small ones
         logvar = logvar.float() if logvar.dtype == torch.float16 else logvar
         return Drawn(means, layout.split(logvar.exp()), value)
-    center = mean if kind == "draws" else torch.zeros_like(mean)
-    output = gaussian.draw(center, logvar)
+    spread = gaussian.draw(torch.zeros_like(mean), logvar)
+    output = mean + spread if kind == "draws" else spread
     if number == "log_densities":
-        value = layout.sums(gaussian.log_densities(output, mean, logvar))
+        deviation = _deviation(spread, output, mean)
+        value = layout.sums(gaussian.log_densities(deviation, torch.zeros_like(mean), logvar))
     return Drawn(means, layout.split(output), value)
+
+
+def _deviation(spread: Tensor, draw: Tensor, mean: Tensor) -> Tensor:
+    """The deviation of a draw as a function of it and of the mean, with all digits it has."""
+    return spread.detach() + (draw - draw.detach()) - (mean - mean.detach())
 
 
 def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision) -> Tensor:
@@ -238,12 +243,11 @@ class _LogDensity(torch.autograd.Function):
         spread, mean, logvar, *draws = ctx.saved_tensors
         layout: Layout = ctx.layout
         if torch.is_grad_enabled():
-            spread = layout.flatten(draws) - mean
+            deviation = _deviation(spread, layout.flatten(draws), mean)
             grad = layout.spread(grad)
-            scaled = grad * spread * (-logvar).exp()
-            return (
-                None, None, None, scaled, 0.5 * (scaled * spread - grad), *layout.split(-scaled),
-            )  # fmt: skip
+            scaled = grad * deviation * (-logvar).exp()
+            of_logvar = 0.5 * (scaled * deviation - grad)
+            return None, None, None, scaled, of_logvar, *layout.split(-scaled)
         of_mean, of_logvar, of_draws = passes.log_density_gradients(layout, logvar, spread, grad)
         return None, None, None, of_mean, of_logvar, *layout.views(of_draws)
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -28,6 +27,7 @@ from torch.utils.data import (
 
 from pyro_bayes.base import processes
 from pyro_bayes.base.checks import check_batch, check_finite
+from pyro_bayes.base.torch_private import tree_flatten, tree_map_only
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

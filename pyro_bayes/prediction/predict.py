@@ -18,11 +18,15 @@ import pyro
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_bayes.base.checks import check_count, check_generator, check_levels
 from pyro_bayes.base.state import Buffers, draw_seed
+from pyro_bayes.base.torch_private import (
+    TorchDispatchMode,
+    tree_flatten,
+    tree_map_only,
+    tree_unflatten,
+)
 from pyro_bayes.posterior.draws import Flat
 from pyro_bayes.posterior.sampling import WeightDraws
 from pyro_bayes.prediction.batches import arguments, each_batch, inputs, parts, signature

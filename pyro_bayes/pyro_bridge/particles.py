@@ -10,11 +10,12 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from pyro_bayes.base.swap import Swap
+from pyro_bayes.base.torch_private import tree_leaves, tree_map, tree_map_only
 from pyro_bayes.noise.context import ParticleNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
+from pyro_bayes.pyro_bridge.prior import Prior
 
 _PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")
 """The plates in which Pyro runs a whole model for several draws at once."""
@@ -55,6 +56,12 @@ class LiftMessenger(Messenger):
                         " `with bnn.lift() as net:` first and the plate inside."
                     )
                 self.depth = -frame.dim - 1
+            if isinstance(msg["value"], GaussianTensor) and not isinstance(msg["fn"], Prior):
+                raise RuntimeError(
+                    f"Expected the site '{msg['name']}' to have the model's own prior, with which"
+                    " exact_kl() has the divergence in closed form; got"
+                    f" {type(msg['fn']).__name__}. Use `bnn.guide`, which estimates the divergence at the draw."
+                )
         elif isinstance(msg["fn"], ZukoToPyro) and msg["mask"] is not False:
             fn, value = msg["fn"], msg["value"]
             if value not in fn.cache:

@@ -8,6 +8,7 @@ their place in the store again. No parameter is ever replaced, so no optimiser l
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 _owners: dict[str, weakref.ref[Any]] = {}
 _registered: dict[int, weakref.ref[nn.Parameter]] = {}
 _pulling = threading.Lock()
+_OWN = re.compile(r"(mean|logvar)(_\d+)?$|(means|logvars|base|likelihood)\.")
 
 
 def claim(name: str, owner: object) -> str:
@@ -52,11 +54,14 @@ def claim(name: str, owner: object) -> str:
 
 
 def _remove(names: Sequence[str]) -> None:
-    """Removes from the store what owners of some names registered there."""
+    """Removes from the store what former owners of some names registered there."""
     store = pyro.get_param_store()
-    parts = tuple(f"{name}." for name in names)
     for key, held in list(store.named_parameters()):
-        if key.startswith(parts) and _registered.get(id(held), lambda: None)() is held:
+        if _registered.get(id(held), lambda: None)() is not held:
+            continue
+        owners = [name for name in (*names, *_owners) if key.startswith(f"{name}.")]
+        owner = max(owners, key=len, default="")  # a name may begin with another
+        if owner in names and _OWN.match(key.removeprefix(f"{owner}.")):
             del store[key]
 
 

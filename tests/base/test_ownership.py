@@ -72,5 +72,3 @@ def test_shallow_copies_share_everything_and_take_nothing():
         bnn.means.weight.fill_(7.0)
     assert torch.equal(bnn.base.weight, torch.full((1, 2), 7.0, dtype=torch.float64))
     assert not net.weight.requires_grad
-
-

@@ -12,7 +12,9 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bayes import BayesianModel
-from pyro_bayes.posterior.draws import WeightDraws
+from pyro_bayes.posterior.draws import Flat
+from pyro_bayes.posterior.layout import Layout
+from pyro_bayes.posterior.sampling import WeightDraws
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -153,7 +155,7 @@ def test_quantiles_of_many_outputs_are_taken_in_blocks(bnn, data, monkeypatch):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 40, 100, None])
 def test_results_do_not_depend_on_chunks(bnn, data, chunk_size, kept, monkeypatch):
-    monkeypatch.setattr("pyro_bayes.posterior.draws._KEPT", 2**22 if kept else 0)
+    monkeypatch.setattr("pyro_bayes.posterior.sampling._KEPT", 2**22 if kept else 0)
 
     def samples(size, function=None):
         return bnn.predict(
@@ -330,7 +332,7 @@ def loaders(x, y):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 1, 8])
 def test_batches_are_as_one(bnn, data, chunk_size, kept, monkeypatch):
-    monkeypatch.setattr("pyro_bayes.posterior.draws._KEPT", 2**22 if kept else 0)
+    monkeypatch.setattr("pyro_bayes.posterior.sampling._KEPT", 2**22 if kept else 0)
     options = {
         "statistics": ("mean", "variance", "samples"),
         "quantiles": (0.2, 0.7),
@@ -721,6 +723,7 @@ def test_kept_draws_come_back_in_their_places(net):
 
 def test_draws_of_several_types_are_independent():
     zeros = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
-    draws = WeightDraws({str(i): (z, z) for i, z in enumerate(zeros)}, 50, seed=0, again=False)
+    flats = [Flat(Layout({"w": zero}), zero, zero) for zero in zeros]
+    draws = WeightDraws(flats, 50, seed=0, again=False)
     single, half = (rows.float().flatten() for rows in draws.rows(0, 50))
     assert torch.corrcoef(torch.stack([single, half]))[0, 1].abs() < 5 / len(single) ** 0.5

@@ -1,0 +1,109 @@
+"""Each private call of torch does what it is used for: a release that moves one fails here."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pyro_bayes.base import torch_private as private
+
+
+def test_transform_level():
+    levels = []
+    torch.func.grad(lambda x: levels.append(private.transform_level()) or x.sum())(torch.ones(2))
+    nested = torch.vmap(torch.func.grad(lambda x: levels.append(private.transform_level()) or x))
+    nested(torch.ones(2))
+    assert levels == [1, 2]
+    assert private.transform_level() == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own use
+def test_is_transformed():
+    seen = []
+
+    def look(x):
+        seen.append(private.is_transformed())
+        return x * 1
+
+    look(torch.ones(1))
+    torch.vmap(look)(torch.ones(2))
+    torch.func.jvp(look, (torch.ones(1),), (torch.ones(1),))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.ones(1))
+    look(torch.ones(1))
+    assert seen == [False, True, True, True, False]
+
+
+def test_leaving_a_transform():
+    kept = []
+
+    def inner(x):
+        with private.outside_transforms():
+            kept.append(torch.ones(3))
+        return x * kept[0].sum()
+
+    assert torch.vmap(inner)(torch.ones(2)).tolist() == [3, 3]
+    assert kept[0].sum() == 3  # no tensor of the transform
+
+
+def test_saved_tensors_hooks():
+    assert not private.has_saved_tensors_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert private.has_saved_tensors_hooks()
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(lambda x: seen.append(private.has_saved_tensors_hooks()) or x.sin(), x,
+               use_reentrant=False)  # fmt: skip
+    assert seen == [True]
+
+
+def test_untracked_views_may_change_in_place():
+    class Split(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, untracked):
+            if not untracked:
+                return x[:1].view(1), x[1:].view(1)
+            with private.untracked_views():
+                return x[:1].view(1), x[1:].view(1)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return torch.cat(grads), None
+
+    x = torch.ones(2, requires_grad=True)
+    first, _ = Split.apply(x * 1, True)
+    first.mul_(2).sum().backward()
+    first, _ = Split.apply(x * 1, False)
+    with pytest.raises(RuntimeError, match="view"):
+        first.mul_(2)
+
+
+def test_autocast_of_any_device():
+    assert not private.is_any_autocast_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert private.is_any_autocast_enabled()
+
+
+def test_wrapper_subclass():
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "reported"
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return "dispatched"
+
+    like = torch.ones(2, 3, dtype=torch.double).t()
+    wrapper = private.wrapper_subclass(Wrapper, like)
+    assert torch.add(wrapper, 1) == "reported"
+    with private.without_torch_function():
+        assert (wrapper.shape, wrapper.stride(), wrapper.dtype) == ((3, 2), (1, 3), torch.double)
+
+
+def test_trees():
+    tree = {"a": [torch.ones(1), 2], "b": (3,)}
+    leaves, spec = private.tree_flatten(tree)
+    assert private.tree_unflatten(leaves, spec) == tree
+    assert private.tree_leaves(tree) == leaves
+    assert private.tree_map_only(int, lambda n: n + 1, tree)["b"] == (4,)
+    assert private.tree_map(type, tree) == {"a": [torch.Tensor, int], "b": (int,)}
