@@ -70,6 +70,7 @@ class PredictingModule(LiftedModule):
                 training mode), which is then called once per draw, with the same results.
 
         Example:
+            >>> from pyro_bayes import BayesianModel
             >>> bnn, x = BayesianModel(nn.Linear(3, 1), init_logvar=-2.0), torch.randn(5, 3)
             >>> prediction = bnn.predict(x, num_samples=50, quantiles=(0.05, 0.95))
             >>> prediction.mean.shape, prediction.quantiles[0.95].shape
