@@ -12,6 +12,8 @@ import torch
 import zuko
 from torch import Tensor, nn
 
+from pyro_bayes.likelihoods import Categorical, Density, Gaussian, Likelihood
+
 BATCH, DATASET_SIZE, PRIOR_VAR, LOGVAR, LEARNING_RATE = 64, 10_000, 0.1, -9.0, 1e-4
 
 
@@ -22,14 +24,18 @@ class Loss:
     Arguments:
         name: Its name.
         targets: Returns random targets for a number of examples.
-        nll: Returns the mean negative log-likelihood, as a PyTorch loop has it.
-        likelihood: Returns the distribution of the targets given the outputs, as Pyro has it.
+        nll: Returns the mean negative log-likelihood, up to a factor and a constant, as it is
+            written in a PyTorch loop.
+        distribution: Returns the distribution of the targets given the outputs, as it is written
+            in a Pyro model.
+        likelihood: Returns the likelihood, as :class:`pyro_bayes.ELBO` takes it.
     """
 
     name: str
     targets: Callable[[int], Tensor]
     nll: Callable[[Tensor, Tensor], Tensor]
-    likelihood: Callable[[Tensor], Any]
+    distribution: Callable[[Tensor], Any]
+    likelihood: Callable[[], Likelihood]
 
 
 GAUSSIAN = Loss(
@@ -37,18 +43,21 @@ GAUSSIAN = Loss(
     lambda n: torch.randn(n, 1),
     nn.functional.mse_loss,
     lambda mean: dist.Normal(mean, 1.0).to_event(1),
+    lambda: Gaussian(1.0),
 )
 CATEGORICAL = Loss(
     "categorical",
     lambda n: torch.randint(10, (n,)),
     nn.functional.cross_entropy,
     lambda logits: dist.Categorical(logits=logits),
+    Categorical,
 )
 DENSITY = Loss(
     "density",
     lambda n: torch.empty(n, 0),
     lambda log_density, _: -log_density.mean(),
     lambda log_density: dist.Unit(log_density),
+    Density,
 )
 
 
@@ -66,6 +75,7 @@ class Problem:
         queries: The number of examples to predict.
         draws: The number of draws of a prediction.
         device: Where the network and its data are.
+        fused: Whether it is trained with `Adam(…, fused=True)`.
     """
 
     name: str
@@ -77,6 +87,7 @@ class Problem:
     queries: int = 100
     draws: int = 200
     device: str = "cpu"
+    fused: bool = False
 
     def build(self) -> nn.Module:
         """Returns the network."""
@@ -125,9 +136,14 @@ class LogDensity(nn.Module):
         Arguments:
             z: The features, and behind them the context, of shape (N, features + context).
         """
-        x, context = z.tensor_split([self.features], dim=-1)
+        x, context = self.split(z)
         density: Tensor = self.flow(context).log_prob(x)
         return density
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the features and the context."""
+        x, context = z.tensor_split([self.features], dim=-1)
+        return x, context
 
 
 def dense(*sizes: int) -> nn.Sequential:

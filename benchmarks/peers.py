@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,74 +15,12 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
+from running import Predict, Running, adam_options, draws, optimised
 from timing import Unable
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Predict = Callable[[Tensor, int], Any]
 PRIOR_SD, SD = PRIOR_VAR**0.5, torch.tensor(LOGVAR / 2).exp().item()
-
-
-@dataclass(frozen=True)
-class Running:
-    """What can be done with a network that was made ready.
-
-    Arguments:
-        step: Makes one full step of the optimiser.
-        predict: The ways to average over a number of draws, given inputs, by description.
-    """
-
-    step: Callable[[], object]
-    predict: dict[str, Predict]
-
-
-def optimised(
-    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], captured: bool = False
-) -> Callable[[], None]:
-    """Returns one step of a plain PyTorch loop.
-
-    Arguments:
-        parameters: What Adam trains.
-        loss: Returns the loss.
-        captured: Whether to capture the step as a CUDA graph.
-    """
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, capturable=captured)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-
-    if not captured:
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return _Captured(graph, step)
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """A CUDA graph, and the step, which keeps the memory that the graph reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    step: Callable[[], None]
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def draws(draw: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Returns the variance and the mean of outputs, drawn one at a time."""
-    with torch.no_grad():
-        outputs = torch.stack([draw() for _ in range(count)])
-        return torch.var_mean(outputs, 0, correction=0)
 
 
 def called(net: nn.Module) -> dict[str, Predict]:
@@ -101,13 +38,13 @@ class _Regression(PyroModule):
     def __init__(self, net: nn.Module, problem: Problem) -> None:
         super().__init__()
         self.net = net
-        self.likelihood = problem.loss.likelihood
+        self.distribution = problem.loss.distribution
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         output: Tensor = self.net(x)
         if y is not None:
             with pyro.plate("data", DATASET_SIZE, subsample=x):
-                pyro.sample("y", self.likelihood(output), obs=y)
+                pyro.sample("y", self.distribution(output), obs=y)
         return output
 
 
@@ -129,7 +66,7 @@ def pyro_recipe(problem: Problem) -> Running:
     model = _Regression(net, problem)
     guide = AutoNormal(model, init_scale=SD)
     x, y = problem.examples(problem.batch)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), Trace_ELBO())
+    svi = SVI(model, guide, pyro.optim.Adam(adam_options(problem)), Trace_ELBO())
 
     def predict(x: Tensor, count: int) -> Any:
         many = Predictive(model, guide=guide, num_samples=count, return_sites=("_RETURN",))
@@ -163,7 +100,7 @@ def tyxe_model(problem: Problem, local: bool) -> Running:
         functools.partial(guide, init_scale=SD, init_loc_fn=means),
     )
     x, y = problem.examples(problem.batch)
-    optimizer = pyro.optim.Adam({"lr": LEARNING_RATE})
+    optimizer = pyro.optim.Adam(adam_options(problem))
     svi = SVI(bnn.model, bnn.guide, optimizer, loss=TraceMeanField_ELBO())
 
     def step() -> None:
@@ -218,7 +155,7 @@ def bayesian_torch_model(problem: Problem, kind: str) -> Running:
         return nll + divergence / DATASET_SIZE
 
     ways = called(net) if kind == "Reparameterization" else {}
-    return Running(optimised(net.parameters(), loss), ways)
+    return Running(optimised(problem, net.parameters(), loss), ways)
 
 
 def torchbnn_model(problem: Problem) -> Running:
@@ -246,7 +183,7 @@ def torchbnn_model(problem: Problem) -> Running:
         kl: Tensor = divergence(net)
         return nll + kl[0] / DATASET_SIZE
 
-    return Running(optimised(net.parameters(), loss), called(net))
+    return Running(optimised(problem, net.parameters(), loss), called(net))
 
 
 def blitz_model(problem: Problem) -> Running:
@@ -285,7 +222,7 @@ def blitz_model(problem: Problem) -> Running:
         with torch.no_grad():
             return net.mfvi_forward(x, sample_nbr=count)
 
-    return Running(optimised(net.parameters(), loss), {"`mfvi_forward`": predict})
+    return Running(optimised(problem, net.parameters(), loss), {"`mfvi_forward`": predict})
 
 
 def _rebuilt(
@@ -319,6 +256,8 @@ def _lacking(net: nn.Module) -> list[str]:
 
 def posteriors_model(problem: Problem) -> Running:
     """Trains with `posteriors.vi.diag`, by the loop of its quickstart."""
+    if problem.fused:
+        raise Unable("torchopt has no fused Adam")
     import posteriors
     import torchopt
 

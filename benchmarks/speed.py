@@ -1,7 +1,7 @@
 """Times a full step of the optimiser and prediction, ours and the peers', and writes the tables.
 
 Contenders take turns. In each round, each has about 50 ms (one call, if that takes longer), and its
-time per call is divided by that of the plain net in the same round.
+time per call is divided by that of the plain net in the same round, with the same Adam.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ OURS = "weights"
 TABLES = ("steps", "memory", "predictions", "sizes", "counts")
 LONGEST = 20.0  # seconds that a call may take
 BEGIN = time.perf_counter()
-THREADED = (PLAIN, "floor", "floor-local", "floor-svi", OURS, "local", "flipout", "svi", "zuko",
-            "zuko-local")  # fmt: skip
+THREADED = (PLAIN, OURS, "local", "flipout", "svi", "zuko", "zuko-local")
 GROWING = (PLAIN, OURS, "local", "zuko")
 COUNTING = (OURS, "zuko", "pyro")
-PREDICTING = (PLAIN, "floor", OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn",
-              "blitz", "posteriors")  # fmt: skip
+PREDICTING = (PLAIN, OURS, "svi", "zuko", "pyro", "tyxe", "bayesian-torch", "torchbnn", "blitz",
+              "posteriors")  # fmt: skip
+SVI, RECIPE = ("svi", "svi-exact"), "pyro"
+ADAMS = {"written": "Adam as users write it", "fused": "`Adam(…, fused=True)`"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Plan:
         threads: On how many threads steps are timed once more, if at all.
         device: Where networks are.
         tables: Which tables to make.
+        adams: Which of `ADAMS` the tables of a step have.
     """
 
     problems: Sequence[Problem]
@@ -73,43 +75,81 @@ class Plan:
     threads: int = 2
     device: str = "cpu"
     tables: Sequence[str] = TABLES
+    adams: Sequence[str] = tuple(ADAMS)
 
     def of(self, names: Sequence[str]) -> list[str]:
         """Returns which of some contenders take part."""
         return [name for name in names if name in self.contenders]
 
 
-def steps(plan: Plan) -> str:
-    """Returns the table of the times of a step, relative to the plain net's."""
-    columns = []
+def steps(plan: Plan) -> Iterator[str]:
+    """Times a step, with each Adam.
+
+    Yields:
+        A table for each Adam, relative to the plain net, and one of SVI, relative to Pyro's recipe,
+        each after its title.
+    """
     names = [*plan.contenders, *(CAPTURED if plan.device == "cuda" else ())]
+    compared = []
+    for adam in plan.adams:
+        yield (
+            f"**A step with {ADAMS[adam]}**, relative to the plain net's step with the same Adam,"
+            " whose time is in the first row."
+        )
+        columns = _timed(plan, names, fused=adam == "fused")
+        yield _to_plain(plan, names, columns)
+        for name in plan.of(SVI):
+            cells = [_to_recipe(times, name) for times in columns]
+            compared.append([CONTENDERS[name].title, ADAMS[adam], *cells])
+    if compared and RECIPE in plan.contenders:
+        yield "**SVI ÷ Pyro's own recipe**: the time of our step divided by that of the recipe."
+        yield table(["", "with", *_names(plan.problems)], compared, labels=2)
+
+
+def _to_recipe(times: Times, name: str) -> str:
+    """Returns the ratio, or `cannot` where the recipe cannot run; the first table says why."""
+    return times.failures.get(RECIPE, "").partition(":")[0] or times.cell(name, RECIPE)
+
+
+def _timed(plan: Plan, names: Sequence[str], fused: bool = False) -> list[Times]:
+    """Times a step of each network, with contenders in turn."""
+    columns = []
     for problem in plan.problems:
-        running, failures = start(names, problem)
+        running, failures = start(names, replace(problem, fused=fused))
         times = Times({k: r.step for k, r in running.items()}, plan.rounds, plan.seconds)
         times.failures.update(failures)
-        columns.append([times.cell(name, PLAIN) for name in names])
+        columns.append(times)
         _tell(problem.name)
-    header = ["", *(f"`{p.name}`" for p in plan.problems)]
-    return table(header, _rows(names, columns))
+    return columns
+
+
+def _to_plain(plan: Plan, names: Sequence[str], columns: Sequence[Times]) -> str:
+    cells = [[times.cell(name, PLAIN) for name in names] for times in columns]
+    return table(["", *_names(plan.problems)], _rows(names, cells))
+
+
+def _names(problems: Sequence[Problem]) -> list[str]:
+    return [f"`{problem.name}`" for problem in problems]
 
 
 def _threaded(plan: Plan) -> str:
+    names = plan.of(THREADED)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
-        return steps(plan)
+        return _to_plain(plan, names, _timed(plan, names))
     finally:
         torch.set_num_threads(before)
 
 
 def peaks(plan: Plan) -> str:
     """Returns the table of peak memory."""
-    problems = [p.name for p in plan.problems if p.name in plan.memory]
+    problems = [p for p in plan.problems if p.name in plan.memory]
     columns = []
-    for name in problems:
-        columns.append([memory.measure(name, c, plan.device) for c in plan.contenders])
-        _tell(f"memory of {name}")
-    return table(["", *(f"`{name}`" for name in problems)], _rows(plan.contenders, columns))
+    for problem in problems:
+        columns.append([memory.measure(problem.name, c, plan.device) for c in plan.contenders])
+        _tell(f"memory of {problem.name}")
+    return table(["", *_names(problems)], _rows(plan.contenders, columns))
 
 
 def _rows(names: Sequence[str], columns: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -223,11 +263,10 @@ def report(plan: Plan) -> Iterator[str]:
     rows = [[f"`{p.name}`", p.title, f"{p.size():,}"] for p in plan.problems]
     yield table(["network", "", "parameters"], rows, labels=2)
     if "steps" in plan.tables:
-        yield "**A step**, relative to the plain net's step, whose time is in the first row."
-        yield steps(plan)
-    if "steps" in plan.tables and plan.threads and plan.device == "cpu":
-        yield f"**The same on {plan.threads} threads**, for some of them."
-        yield _threaded(replace(plan, contenders=plan.of(THREADED), seconds=plan.seconds / 2))
+        yield from steps(plan)
+        if "written" in plan.adams and plan.threads and plan.device == "cpu":
+            yield f"**A step on {plan.threads} threads** with {ADAMS['written']}, for some of them."
+            yield _threaded(replace(plan, seconds=plan.seconds / 2))
     if "memory" in plan.tables and any(p.name in plan.memory for p in plan.problems):
         above = (
             "that of the imported libraries" if plan.device == "cpu" else "what was there before"
@@ -241,7 +280,10 @@ def report(plan: Plan) -> Iterator[str]:
         )
         yield predictions(plan)
     if "sizes" in plan.tables and plan.of(GROWING):
-        yield "**A step against the number of parameters D**, relative to the plain net's."
+        yield (
+            f"**A step against the number of parameters D**, with {ADAMS['written']}, relative to"
+            " the plain net's."
+        )
         yield sizes(plan)
     if "counts" in plan.tables and plan.of(COUNTING):
         yield f"**A prediction against the number of draws S**, for {nets.REGRESSION.title}."
@@ -264,7 +306,9 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
     names = {nets.REGRESSION.name, *options.nets}
     queries = [replace(p, device=options.device) for p in plan.queries if p.name in names]
-    plan = replace(plan, queries=queries, device=options.device, tables=options.tables)
+    plan = replace(
+        plan, queries=queries, device=options.device, tables=options.tables, adams=options.adam
+    )
     if options.smoke:
         queries = [replace(nets.REGRESSION, draws=3)]
         return replace(
@@ -287,6 +331,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS),
         help="what is timed (all)")  # fmt: skip
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="the tables (all)")
+    add("--adam", nargs="+", choices=ADAMS, default=list(ADAMS),
+        help="as users write it, or fused, in the tables of a step (both)")  # fmt: skip
     add("--rounds", type=int, default=15, help="the largest number of rounds (15)")
     add("--threads", type=int, default=1, help="threads of PyTorch (1)")
     add("--machine", default="2 cores", help="what the report says about the machine (2 cores)")
@@ -304,6 +350,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             (options.nets, PROBLEMS),
             (options.contenders, CONTENDERS),
             (options.tables, TABLES),
+            (options.adam, ADAMS),
         )
     )
     if complete and not options.smoke:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +31,47 @@ def test_speed(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- speed -->\n<!-- /speed -->\nafter\n")
     script = ROOT / "benchmarks" / "speed.py"
-    run = [sys.executable, script, "--smoke", "--nets", "small", "--output", path]
+    run = [sys.executable, script, "--smoke", "--nets", "small", "flow", "--output", path]
     subprocess.run(run, check=True, capture_output=True)
     text = path.read_text()
     assert text.endswith("after\n")
-    assert "| pyro_bayes, draws of weights |" in text
-    assert "not installed" in text or find_spec("blitz")
+    written, fused, compared = re.findall(
+        r"^\*\*(?:A step with|SVI ÷).*?(?=^\*\*)", text, re.DOTALL | re.MULTILINE
+    )
+    times = r"\| \d.* \| \d.* \|\n"  # on both networks
+    for part in (written, fused):
+        for ours in ("draws of weights", "local noise", "`ELBO`, draws of weights", "SVI"):
+            assert re.search(rf"\| pyro_bayes, {ours} {times}", part)
+    assert "not installed" in written or find_spec("blitz")
+    assert "*cannot*: torchopt has no fused Adam (`small`: posteriors / `flow`: post" in fused
+    for adam in ("Adam as users write it", r"`Adam\(…, fused=True\)`"):
+        assert re.search(rf"\| pyro_bayes, SVI \| {adam} \| \d.* \| cannot \|", compared)
     assert (tmp_path / "cost.png").exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_contenders_use_the_same_adam(monkeypatch, fused):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    nets, contenders = import_module("nets"), import_module("contenders")
+    used, init = [], torch.optim.Adam.__init__
+
+    def spy(self, parameters, **options):
+        used.append(options)
+        init(self, parameters, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", spy)
+    problem = replace(nets.PROBLEMS["small"], fused=fused)
+    expected = {"lr": nets.LEARNING_RATE} | ({"fused": True} if fused else {})
+    for name in contenders.CONTENDERS:
+        used.clear()
+        running, failures = contenders.start([name], problem)
+        if failures:
+            assert failures[name] in ("not installed", "cannot: torchopt has no fused Adam")
+            continue
+        running[name].step()
+        if name != "posteriors":  # has torchopt's
+            assert used
+            assert all(options == expected for options in used), name
 
 
 def test_reasons_are_below_the_table(monkeypatch):
