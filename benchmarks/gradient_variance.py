@@ -242,15 +242,10 @@ def measure(
 def _gradient(
     bnn: BayesianModel, loss: Loss, batch: Batch, estimator: Estimator
 ) -> dict[str, Tensor]:
-    parameters = {kind: list(getattr(bnn.guide, kind).parameters()) for kind in SYMBOLS}
-    every = [parameter for group in parameters.values() for parameter in group]
     with bnn.reparameterize(local_trick=estimator) as model:
         value = loss(model, batch)
-        gradients = iter(torch.autograd.grad(value, every))
-    return {
-        kind: torch.cat([next(gradients).double().flatten() for _ in group])
-        for kind, group in parameters.items()
-    }
+        gradients = torch.autograd.grad(value, list(bnn.guide.parameters()))  # μ, log σ²
+    return {kind: g.double() for kind, g in zip(SYMBOLS, gradients, strict=True)}
 
 
 def _layers(bnn: BayesianModel) -> dict[str, slice]:

@@ -202,7 +202,9 @@ def test_uci_splits_share_nothing(uci):
 
     networks = uci["networks"]
     splits = uci["data"].split(*made(), validation=False, count=3)
-    bnn = BayesianModel(networks.Networks(3, 3), -2.0, prior_var=networks.PRIORS["input"])
+    bnn = BayesianModel(
+        networks.Networks(3, 3), -2.0, prior_var=networks.PRIORS["input"], leaves="named"
+    )
     objective = ELBO(bnn, likelihoods.HeteroscedasticGaussian(), 36, local_trick=True)
 
     def gradients():

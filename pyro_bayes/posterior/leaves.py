@@ -227,10 +227,12 @@ class Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, flat: Tensor, *leaves: Tensor) -> Tensor:
         ctx.layout = layout
+        ctx.save_for_backward(*leaves)  # so that autograd refuses leaves that changed meanwhile
         return flat.view_as(flat)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         parts: Sequence[Tensor] = (
             ctx.layout.split(grad) if torch.is_grad_enabled() else ctx.layout.views(grad)
         )

@@ -134,6 +134,17 @@ class Memory:
             for name, place in self._places[kind].items()
         }
 
+    def unlike(self) -> dict[str, Tensor]:
+        """Returns the same memory by the names that the other kind of leaves has in the store."""
+        if self.leaves == "named":
+            pairs = zip(self._keys, self._flats, strict=True)
+            return {k: flat for keys, pair in pairs for k, flat in zip(keys, pair, strict=True)}
+        return {
+            f"{kind}s.{name}": place.own
+            for kind in KINDS
+            for name, place in self._places[kind].items()
+        }
+
     def parts(self, key: str, value: Tensor) -> dict[str, Tensor]:
         """Splits a tensor of the shape of a leaf, such as its gradient, by parameter.
 

@@ -125,8 +125,9 @@ class MeanField(AutoNormal):
         return self.memory.flats()
 
     def pull(self) -> None:
-        """Takes over values that were loaded into Pyro's param store."""
+        """Takes over values that were loaded into Pyro's param store, for either kind of leaves."""
         store.pull(self.stored)
+        store.take(self.store_name, self.memory.unlike)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Makes one sample statement per site; the arguments of the model are ignored.

@@ -60,7 +60,8 @@ class LiftMessenger(Messenger):
                 raise RuntimeError(
                     f"Expected the site '{msg['name']}' to have the model's own prior, with which"
                     " exact_kl() has the divergence in closed form; got"
-                    f" {type(msg['fn']).__name__}. Use `bnn.guide`, which estimates the divergence at the draw."
+                    f" {type(msg['fn']).__name__}. Use `bnn.guide`, which estimates the divergence"
+                    " at the draw."
                 )
         elif isinstance(msg["fn"], ZukoToPyro) and msg["mask"] is not False:
             fn, value = msg["fn"], msg["value"]

@@ -81,17 +81,43 @@ def pull(parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
     if not foreign:
         return
     for name, parameter in foreign.items():
-        if held[name].shape != parameter.shape:
-            raise ValueError(
-                f"Expected the param store's '{name}' to have shape {tuple(parameter.shape)}; got"
-                f" {tuple(held[name].shape)}. It belongs to another model: load a matching file, or"
-                " call pyro.clear_param_store()."
-            )
+        _check_shape(name, held[name], parameter)
     with _pulling, torch.no_grad():
         for name, parameter in foreign.items():
             if name in held and held[name] is not parameter:
                 parameter.copy_(held[name])
                 register({name: parameter})
+
+
+def take(name: str, values: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Moves values out of the store that a model of another kind of leaves has left there.
+
+    Arguments:
+        name: What stands in front of the names in the store.
+        values: Returns where they go, by the names behind that.
+
+    Raises:
+        ValueError: If the store holds a value of another shape.
+    """
+    held = _held()
+    if all(id(value) in _registered for value in held.values()):
+        return
+    for key, own in values().items():
+        full = f"{name}.{key}"
+        if full in held:
+            _check_shape(full, held[full], own)
+            with torch.no_grad():
+                own.copy_(held[full])
+            del pyro.get_param_store()[full]
+
+
+def _check_shape(name: str, value: Tensor, own: Tensor) -> None:
+    if value.shape != own.shape:
+        raise ValueError(
+            f"Expected the param store's '{name}' to have shape {tuple(own.shape)}; got"
+            f" {tuple(value.shape)}. It belongs to another model: load a matching file, or"
+            " call pyro.clear_param_store()."
+        )
 
 
 def register(parameters: Mapping[str, nn.Parameter]) -> None:
