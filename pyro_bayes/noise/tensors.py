@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyro_bayes.noise.context import ContextNoise, Estimator
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, Moment
-from pyro_bayes.posterior.draws import Drawn, Flat, draw
+from pyro_bayes.posterior.draws import draw
+from pyro_bayes.posterior.layout import Drawn, Flat
 from pyro_bayes.posterior.passes import Kind, Number
 from pyro_bayes.priors.variance import PriorVariances
 

@@ -7,14 +7,14 @@ Each is one node of the autograd graph, with its gradient in closed form. Second
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_transformed, untracked_views
 from pyro_bayes.posterior import gaussian, passes
-from pyro_bayes.posterior.layout import Layout
+from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
 
 Precision: TypeAlias = "float | Tensor | Callable[[Tensor, Tensor], Tensor]"
@@ -22,39 +22,8 @@ r"""The precision :math:`1 / \sigma_p^2` of the prior: of all elements; of each;
 means and log-variances that returns that of each with which the divergence is least."""
 
 
-class Flat(NamedTuple):
-    r"""The parameters of one posterior that have one dtype and device.
-
-    Arguments:
-        layout: Where each lies.
-        mean: All means :math:`\mu`, a flat tensor.
-        logvar: All :math:`\log \sigma^2`, likewise.
-    """
-
-    layout: Layout
-    mean: Tensor
-    logvar: Tensor
-
-
-class Drawn(NamedTuple):
-    """What was computed of each parameter.
-
-    Arguments:
-        means: The means, if draws were not asked for; else none.
-        outputs: What was asked for.
-        number: The divergence, that of each parameter, or log-densities, if asked for.
-    """
-
-    means: list[Tensor]
-    outputs: list[Tensor]
-    number: Tensor | None
-
-
 def draw(
-    posterior: Flat,
-    kind: Kind = "draws",
-    number: Number | None = None,
-    precision: Precision = 1.0,
+    posterior: Flat, kind: Kind = "draws", number: Number | None = None, precision: Precision = 1.0
 ) -> Drawn:
     r"""Draws parameters, or computes deviations or variances.
 
@@ -68,10 +37,6 @@ def draw(
     Returns:
         Tensors of the parameters' shapes, in order, and the number or numbers, in nats.
 
-    References:
-        | Auto-Encoding Variational Bayes (Kingma and Welling, 2014)
-        | https://arxiv.org/abs/1312.6114
-
     Example:
         >>> flat = Flat(Layout({"w": torch.zeros(2)}), torch.ones(2), torch.full((2,), -80.0))
         >>> draw(flat).outputs
@@ -80,13 +45,11 @@ def draw(
     layout, mean, logvar = posterior
     if _by_formula(mean):
         return _by_formulas(posterior, kind, number, precision)
-    beside = None if number == "log_densities" else number
     *tensors, spread, value = _Draw.apply(layout, kind, number, precision, mean, logvar)
-    count = len(layout.parts)
-    outputs = tensors[-count:]
+    means, outputs = tensors[: -len(layout.parts)], tensors[-len(layout.parts) :]
     if number == "log_densities":
         value = _LogDensity.apply(layout, spread, value, mean, logvar, *outputs)
-    return Drawn(tensors[:-count], outputs, value if beside or number else None)
+    return Drawn(means, outputs, value)
 
 
 def divergence(
@@ -110,8 +73,8 @@ def divergence(
     layout, mean, logvar = posterior
     if _by_formula(mean):
         return _divergence_by_formula(posterior, number, precision)
-    value: Tensor = _Divergence.apply(layout, number, precision, mean, logvar)
-    return value
+    *_, value = _Draw.apply(layout, None, number, precision, mean, logvar)
+    return value  # type: ignore[no-any-return]
 
 
 def _by_formula(mean: Tensor) -> bool:
@@ -151,78 +114,55 @@ def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision
 
 
 class _Draw(torch.autograd.Function):
-    """What :func:`draw` returns, and the deviations of draws from the mean."""
+    """The tensors of :func:`draw`, deviations for log-densities, and the number; or this alone."""
 
     @staticmethod
     def forward(
         ctx: Any,
         layout: Layout,
-        kind: Kind,
+        kind: Kind | None,
         number: Number | None,
         precision: Precision,
         mean: Tensor,
         logvar: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        present = _present(precision, mean, logvar) if number else 1.0
-        output, spread, value = passes.sample(layout, kind, mean, logvar, number, present)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.kind, ctx.number = layout, kind, number
-        ctx.precision, ctx.present = precision, present
+        ctx.layout, ctx.kind, ctx.precision = layout, kind, precision
+        ctx.is_log = number == "log_densities"
+        ctx.present = _present(precision, mean, logvar) if number else 1.0
+        output, spread, value = passes.sample(layout, kind, mean, logvar, number, ctx.present)
+        if kind is None:
+            ctx.save_for_backward(mean, logvar, None)
+            return (value,)
         ctx.save_for_backward(mean, logvar, spread)
         # What changes the means in place is to be noticed; draws are the user's to change.
         means = [] if kind == "draws" else layout.views(mean)
         with untracked_views():
             outputs = layout.views(output)
-        kept = spread if number == "log_densities" else None
+        kept = spread if ctx.is_log else None
         ctx.mark_non_differentiable(*[kept] if kept is not None else [])
         return *means, *outputs, kept, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, logvar, spread = ctx.saved_tensors
-        *tensors, _, of_number = grads
+        *tensors, of_number = grads
         count = len(ctx.layout.parts)
-        of_number = None if ctx.number == "log_densities" else of_number
-        of_means, of_outputs = (_any(tensors[:-count]), _any(tensors[-count:]))
+        of_outputs = _any(tensors[-count - 1 : -1])
+        of_means = of_outputs if ctx.kind == "draws" else _any(tensors[: -count - 1])
+        of_number = None if ctx.is_log else of_number
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
         compute, precision = passes.gradients, ctx.present
         if torch.is_grad_enabled():
             compute, precision = _gradients_by_formula, ctx.precision
-        given = of_means, of_outputs, of_number, precision
-        pair = compute(ctx.layout, ctx.kind, mean, logvar, spread, *given)
-        return None, None, None, None, *pair
-
-
-class _Divergence(torch.autograd.Function):
-    """What :func:`divergence` returns."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        layout: Layout,
-        number: Number,
-        precision: Precision,
-        mean: Tensor,
-        logvar: Tensor,
-    ) -> Tensor:
-        ctx.layout, ctx.precision = layout, precision
-        ctx.present = _present(precision, mean, logvar)
-        ctx.save_for_backward(mean, logvar)
-        return passes.divergence(layout, number, mean, logvar, ctx.present)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        mean, logvar = ctx.saved_tensors
-        compute, precision = passes.gradients, ctx.present
-        if torch.is_grad_enabled():
-            compute, precision = _gradients_by_formula, ctx.precision
-        pair = compute(ctx.layout, "draws", mean, logvar, None, None, None, grad, precision)
-        return None, None, None, *pair
+        weight = 1.0 if ctx.kind == "variances" else 0.5
+        rest = of_means, of_outputs, of_number, precision
+        return None, None, None, None, *compute(ctx.layout, weight, mean, logvar, spread, *rest)
 
 
 class _LogDensity(torch.autograd.Function):
-    r"""The log-density of each draw, as a function of it and of the posterior."""
+    """The log-density of each draw, as a function of it and of the posterior."""
 
     @staticmethod
     def forward(
@@ -254,7 +194,7 @@ class _LogDensity(torch.autograd.Function):
 
 def _gradients_by_formula(
     layout: Layout,
-    kind: Kind,
+    weight: float,
     mean: Tensor,
     logvar: Tensor,
     spread: Tensor | None,
@@ -264,14 +204,12 @@ def _gradients_by_formula(
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`passes.gradients` returns, differentiable."""
-    weight = 1.0 if kind == "variances" else 0.5
     of_mean, of_logvar = torch.zeros_like(mean), torch.zeros_like(mean)
-    of_means = of_outputs if kind == "draws" else of_means
     if of_means is not None:
-        of_mean = of_mean + layout.flatten(_filled(layout, of_means, mean))
+        of_mean = of_mean + layout.flatten(of_means, mean)
     if of_outputs is not None and spread is not None:
         spread = spread * (weight * (logvar - logvar.detach())).exp()
-        of_output = layout.flatten(_filled(layout, of_outputs, mean))
+        of_output = layout.flatten(of_outputs, mean)
         of_logvar = of_logvar + weight * of_output * spread
     if of_number is not None:
         factor = of_number if of_number.dim() == 0 else layout.spread(of_number)
@@ -281,12 +219,5 @@ def _gradients_by_formula(
     return of_mean, of_logvar
 
 
-def _any(grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    if not any([grad is not None for grad in grads]):
-        return None
-    return [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
-
-
-def _filled(layout: Layout, grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    pairs = zip(layout.parts, grads, strict=True)
-    return [like.new_zeros(part.shape) if g is None else g for part, g in pairs]
+def _any(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+    return grads if any([grad is not None for grad in grads]) else None

@@ -23,16 +23,7 @@ BLOCK = 1024
 
 
 def sample(kind: str, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Draws, or computes deviations or variances.
-
-    Arguments:
-        kind: What to compute: `"draws"`, `"deviations"` or `"variances"`.
-        mean: The means :math:`\mu`.
-        logvar: The :math:`\log \sigma^2`.
-
-    Returns:
-        What was computed, and the deviations of draws from the mean, or the same again.
-    """
+    """Does what :func:`passes.sample` does; `kind` is as there."""
     output = torch.empty_like(mean)
     spread = torch.empty_like(mean) if kind == "draws" else output
     variances = kind == "variances"
@@ -43,15 +34,7 @@ def sample(kind: str, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows(mean: Tensor, scale: Tensor, out: Tensor, seed: int, start: int) -> None:
-    r"""Writes draws :math:`\mu + \sigma \epsilon`, one in each row.
-
-    Arguments:
-        mean: The means.
-        scale: The standard deviations.
-        out: Where draws go, of shape `(number of draws, elements)`, each row contiguous.
-        seed: The seed. Each draw depends on it and on its number alone.
-        start: The number of the first draw.
-    """
+    """Writes draws in rows, each of which depends on the seed and on its own number alone."""
     blocks = triton.cdiv(len(mean), BLOCK)
     with torch.cuda.device_of(out):
         _rows[(blocks * len(out),)](
@@ -60,32 +43,13 @@ def rows(mean: Tensor, scale: Tensor, out: Tensor, seed: int, start: int) -> Non
 
 
 def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) -> Tensor:
-    """Returns the divergence of each element from a centred Gaussian, in nats.
-
-    Arguments:
-        mean: The means.
-        logvar: The log-variances.
-        precision: The precision of that Gaussian, a number or one for each element.
-    """
+    """Returns the divergence of each element, as :func:`gaussian.divergence_terms` does."""
     terms, each = torch.empty_like(mean), isinstance(precision, Tensor)
     number = 0.0 if isinstance(precision, Tensor) else precision
     shift = 0.0 if each else math.log(number)
     _launch(_divergence, mean, logvar, precision if each else mean, terms, number, shift,
             mean.numel(), each=each)  # fmt: skip
     return terms
-
-
-def log_densities(layout: Layout, logvar: Tensor, spread: Tensor) -> Tensor:
-    """Returns the log-density of the draw of each parameter.
-
-    Arguments:
-        layout: Where parameters lie.
-        logvar: The log-variances.
-        spread: The deviations of draws from the mean.
-    """
-    terms = torch.empty_like(logvar)
-    _launch(_log_density, logvar, spread, terms, math.log(2 * math.pi), logvar.numel())
-    return layout.sums(terms)
 
 
 def gradients(
@@ -99,19 +63,7 @@ def gradients(
     precision: float | Tensor,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients by means and log-variances, as :func:`passes.gradients` does.
-
-    Arguments:
-        layout: Where parameters lie.
-        mean: The means.
-        logvar: The log-variances.
-        spread: The deviations or variances, if there are gradients of outputs.
-        mean_lines: The gradients of the means by parameter, if any.
-        lines: The gradients of outputs by parameter, if any.
-        of_number: The gradient of the divergence, or of that of each parameter, if any.
-        precision: The precision of the prior, a number or one for each element.
-        weight: The derivative of a spread by the log-variance, relative to the spread.
-    """
+    """Does what :func:`passes.gradients` does; lines are as in :meth:`Layout.lines`."""
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
     (whole,) = layout.whole()
     given = None if lines is None else layout.gather(lines, whole, mean)
@@ -187,15 +139,6 @@ def _divergence(
         series = 1.0 + r / k * series
     terms_ = tl.where(tl.abs(r) < 0.5, 0.5 * r * r * series, tl.exp(r) - 1.0 - r)
     tl.store(terms + i, 0.5 * (terms_ + m * m * p), mask=mask)
-
-
-@triton.jit
-def _log_density(logvar, spread, terms, log_two_pi, size, block: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    mask = i < size
-    v = tl.load(logvar + i, mask=mask, other=0.0)
-    s = tl.load(spread + i, mask=mask, other=0.0)
-    tl.store(terms + i, -0.5 * (s * s * tl.exp(-v) + v + log_two_pi), mask=mask)
 
 
 @triton.jit

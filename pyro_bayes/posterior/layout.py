@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,20 @@ class Layout:
         """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""
         return self._chunks if flat.is_cpu else self.whole()
 
+    def pieces(self, *flats: Any) -> Iterator[tuple[Any, ...]]:
+        """Returns the chunks, each with what flat tensors have there.
+
+        Arguments:
+            flats: The flat tensors; what is no tensor stays as it is.
+        """
+        chunks = self.chunks(flats[0])
+        if len(chunks) == 1:
+            yield chunks[0], *flats
+            return
+        for chunk in chunks:
+            here = slice(chunk.start, chunk.stop)
+            yield chunk, *[flat[here] if isinstance(flat, Tensor) else flat for flat in flats]
+
     def whole(self) -> Sequence[Chunk]:
         """Returns a single chunk of all elements."""
         return (Chunk(0, self.size, 0, tuple(self.sizes)),)
@@ -117,13 +131,15 @@ class Layout:
             found.append(turned.permute(*range(dims), *back))
         return found
 
-    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+    def flatten(self, tensors: Iterable[Tensor | None], like: Tensor | None = None) -> Tensor:
         """Returns parameters as a flat tensor, differentiable with respect to them.
 
         Arguments:
-            tensors: Tensors of the parameters' shapes, in order.
+            tensors: Tensors of the parameters' shapes, in order, or `None` for zeros.
+            like: A tensor of the dtype and device of the zeros, if there are any.
         """
-        return torch.cat([*map(_line, self.parts, tensors)])
+        lines = zip(self.parts, self.lines(tensors), strict=True)
+        return torch.cat([_zeros(part, like) if line is None else line for part, line in lines])
 
     def lines(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Returns each parameter as it lies in the flat tensor, in its own memory if possible.
@@ -144,7 +160,7 @@ class Layout:
         """
         i, count = chunk.first, len(chunk.sizes)
         own = [
-            like.new_zeros(part.size) if line is None else line
+            _zeros(part, like) if line is None else line
             for part, line in zip(self.parts[i : i + count], lines[i : i + count], strict=True)
         ]
         if count > 1:
@@ -188,7 +204,40 @@ class Layout:
         return own.repeat_interleave(sizes, output_size=chunk.stop - chunk.start)
 
 
+class Flat(NamedTuple):
+    r"""The parameters of one posterior that have one dtype and device.
+
+    Arguments:
+        layout: Where each lies.
+        mean: All means :math:`\mu`, a flat tensor.
+        logvar: All :math:`\log \sigma^2`, likewise.
+    """
+
+    layout: Layout
+    mean: Tensor
+    logvar: Tensor
+
+
+class Drawn(NamedTuple):
+    """What was computed of each parameter.
+
+    Arguments:
+        means: The means, if draws were not asked for; else none.
+        outputs: What was asked for.
+        number: The divergence, that of each parameter, or log-densities, if asked for.
+    """
+
+    means: list[Tensor]
+    outputs: list[Tensor]
+    number: Tensor | None
+
+
+def _zeros(part: Part, like: Tensor | None) -> Tensor:
+    return torch.zeros(part.size) if like is None else like.new_zeros(part.size)
+
+
 def _line(part: Part, tensor: Tensor) -> Tensor:
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
     return (tensor if part.order is None else tensor.permute(part.order)).reshape(-1)
 
 

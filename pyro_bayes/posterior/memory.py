@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
-from pyro_bayes.posterior.draws import Flat
-from pyro_bayes.posterior.layout import Layout, Part
+from pyro_bayes.posterior.layout import Flat, Layout, Part
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, whole
 
 Leaves: TypeAlias = Literal["flat", "named"]

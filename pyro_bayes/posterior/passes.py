@@ -7,12 +7,13 @@ On GPUs that Triton compiles for, each is a kernel. Nothing here is seen by auto
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pyro_bayes.posterior import gaussian
 from pyro_bayes.posterior.gpu import kernels
 from pyro_bayes.posterior.layout import Chunk, Layout
 
@@ -25,20 +26,20 @@ Number: TypeAlias = Literal["divergence", "divergences", "log_densities"]
 
 def sample(
     layout: Layout,
-    kind: Kind,
+    kind: Kind | None,
     mean: Tensor,
     logvar: Tensor,
     number: Number | None,
     precision: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Draws all parameters, or computes deviations or variances.
+    r"""Draws all parameters, or computes deviations or variances, or a divergence alone.
 
     Arguments:
         layout: Where parameters lie.
-        kind: What to compute.
+        kind: What to compute, if anything but the number.
         mean: The means :math:`\mu`, a flat tensor.
         logvar: The :math:`\log \sigma^2`, likewise.
-        number: What to compute beside, if anything.
+        number: What to compute beside, in nats, if anything.
         precision: The precision :math:`1 / \sigma_p^2` of the prior, of all elements or of each.
 
     Returns:
@@ -46,20 +47,22 @@ def sample(
     """
     device = kernels(mean)
     if device:
-        output, spread = device.sample(kind, mean, logvar)
-        if number == "log_densities":
-            return output, spread, device.log_densities(layout, logvar, spread)
+        output, spread = device.sample(kind, mean, logvar) if kind else (mean, mean)
         if number is None:
             return output, spread, None
-        return output, spread, divergence(layout, number, mean, logvar, precision)
-    output = torch.empty_like(mean)
+        if number == "log_densities":
+            terms = gaussian.log_densities(spread, torch.zeros_like(mean), logvar)
+        else:
+            terms = device.divergence_terms(mean, logvar, precision)
+        return output, spread, terms.sum() if number == "divergence" else layout.sums(terms)
+    output = torch.empty_like(mean) if kind else mean
     spread = torch.empty_like(mean) if kind == "draws" else output
     sums = _Sums(layout, number, mean)
-    for chunk, m, v, o, s in _pieces(layout, mean, logvar, output, spread):
+    for chunk, m, v, o, s, p in layout.pieces(mean, logvar, output, spread, precision):
         total = None
-        if kind == "variances":
-            torch.exp(v, out=s)
-            total = s.sum() if number == "divergence" else None
+        if kind in (None, "variances"):
+            variances = torch.exp(v, out=s) if kind else v.exp()
+            total = variances.sum() if number == "divergence" else None
         else:
             s.normal_()
             if number == "log_densities":
@@ -70,36 +73,13 @@ def sample(
             if kind == "draws":
                 torch.add(m, s, out=o)
         if number in ("divergence", "divergences"):
-            sums.add_divergence(chunk, m, v, total, precision)
+            sums.add_divergence(chunk, m, v, total, p)
     return output, spread, sums.result() if number else None
-
-
-def divergence(
-    layout: Layout, number: Number, mean: Tensor, logvar: Tensor, precision: float | Tensor
-) -> Tensor:
-    r"""Computes :math:`D_{KL}(q \| p)` of all parameters or of each, in nats.
-
-    Arguments:
-        layout: Where parameters lie.
-        number: Which of the two.
-        mean: The means, a flat tensor.
-        logvar: The log-variances, likewise.
-        precision: The precision of the prior.
-    """
-    device = kernels(mean)
-    if device:
-        terms: Tensor = device.divergence_terms(mean, logvar, precision)
-        return terms.sum() if number == "divergence" else layout.sums(terms)
-    sums = _Sums(layout, number, mean)
-    for chunk, m, v in _pieces(layout, mean, logvar):
-        total = v.exp().sum() if number == "divergence" else None
-        sums.add_divergence(chunk, m, v, total, precision)
-    return sums.result()
 
 
 def gradients(
     layout: Layout,
-    kind: Kind,
+    weight: float,
     mean: Tensor,
     logvar: Tensor,
     spread: Tensor | None,
@@ -110,39 +90,32 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the gradients by :math:`\mu` and :math:`\log \sigma^2`, flat tensors.
 
-    Arguments:
-        layout: Where parameters lie.
-        kind: What was computed.
-        mean: The means, a flat tensor.
-        logvar: The log-variances, likewise.
-        spread: The deviations or variances, if there are gradients of outputs.
-        of_means: The gradients of the means by parameter, if any.
-        of_outputs: The gradients of what was computed by parameter, if any; those of draws are
-            gradients of the means, too.
-        of_number: The gradient of the divergence, or of that of each parameter, if any.
-        precision: The precision of the prior.
+    The weight is the derivative of a spread by :math:`\log \sigma^2`, relative to the spread. The
+    gradients of the means and of what was computed are given by parameter, if there are any; those
+    of draws are both, the same sequence. That of the divergence is a number, or one for each
+    parameter. The other arguments are as in :func:`sample`.
     """
-    weight = 1.0 if kind == "variances" else 0.5  # d spread / d log σ², relative to the spread
     lines = None if of_outputs is None else layout.lines(of_outputs)
-    mean_lines = None if of_means is None else layout.lines(of_means)
-    mean_lines = lines if kind == "draws" else mean_lines
+    mean_lines = lines
+    if of_means is not of_outputs:
+        mean_lines = None if of_means is None else layout.lines(of_means)
     device = kernels(mean)
     if device:
         rest = spread, mean_lines, lines, of_number, precision, weight
         return device.gradients(layout, mean, logvar, *rest)  # type: ignore[no-any-return]
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
-    tensors = mean, logvar, of_mean, of_logvar, mean if spread is None else spread
-    for chunk, m, v, a, b, s in _pieces(layout, *tensors):
+    tensors = mean, logvar, of_mean, of_logvar, mean if spread is None else spread, precision
+    for chunk, m, v, a, b, s, p in layout.pieces(*tensors):
         given = None if lines is None else layout.gather(lines, chunk, mean)
         direct = given
-        if kind != "draws":
+        if mean_lines is not lines:
             direct = None if mean_lines is None else layout.gather(mean_lines, chunk, mean)
         if of_number is None:
             a.zero_() if direct is None else a.copy_(direct)
             b.zero_() if given is None else torch.mul(given, s, out=b).mul_(weight)
             continue
         factor = of_number if of_number.dim() == 0 else layout.each(of_number, chunk)
-        by = factor * _piece(precision, chunk)
+        by = factor * p
         torch.exp(v, out=b).mul_(by).sub_(factor)
         if given is not None:
             b.addcmul_(given, s, value=2 * weight)
@@ -156,14 +129,10 @@ def log_density_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns the gradients of log-densities by means, log-variances and draws, flat tensors.
 
-    Arguments:
-        layout: Where parameters lie.
-        logvar: The log-variances, a flat tensor.
-        spread: The deviations of the draws from the mean, likewise.
-        grad: The gradient of each log-density.
+    They follow from the deviations of the draws, and from the gradient of each log-density.
     """
     of_mean, of_logvar, of_draws = (torch.empty_like(logvar) for _ in range(3))
-    for chunk, v, s, a, b, c in _pieces(layout, logvar, spread, of_mean, of_logvar, of_draws):
+    for chunk, v, s, a, b, c in layout.pieces(logvar, spread, of_mean, of_logvar, of_draws):
         factor = layout.each(grad, chunk)
         torch.neg(v, out=a).exp_().mul_(s).mul_(factor)
         torch.mul(a, s, out=b).sub_(factor).mul_(0.5)
@@ -171,28 +140,8 @@ def log_density_gradients(
     return of_mean, of_logvar, of_draws
 
 
-def _pieces(layout: Layout, *flats: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Returns the chunks of a layout, each with what flat tensors have there."""
-    chunks = layout.chunks(flats[0])
-    if len(chunks) == 1:
-        yield chunks[0], *flats
-        return
-    for chunk in chunks:
-        yield chunk, *[flat[chunk.start : chunk.stop] for flat in flats]
-
-
-def _piece(precision: float | Tensor, chunk: Chunk) -> float | Tensor:
-    return precision[chunk.start : chunk.stop] if isinstance(precision, Tensor) else precision
-
-
 class _Sums:
-    """Sums over all elements or over those of each parameter, chunk by chunk.
-
-    Arguments:
-        layout: Where parameters lie.
-        number: What is summed, if anything.
-        like: A tensor of the result's dtype and device.
-    """
+    """Sums over all elements or over those of each parameter, chunk by chunk."""
 
     def __init__(self, layout: Layout, number: Number | None, like: Tensor) -> None:
         self._layout, self._like, self._is_log = layout, like, number == "log_densities"
@@ -221,9 +170,8 @@ class _Sums:
                 logs = float(v.sum()) + size * math.log(precision)
                 self._total += ratio + float(torch.dot(m, m)) * precision - size - logs
                 return
-        own = _piece(precision, chunk)
-        a = v + (own.log() if isinstance(own, Tensor) else math.log(own))
-        self.add(chunk, (torch.expm1(a) - a).add_(m.square().mul_(own)))
+        a = v + (precision.log() if isinstance(precision, Tensor) else math.log(precision))
+        self.add(chunk, (torch.expm1(a) - a).add_(m.square().mul_(precision)))
 
     def result(self) -> Tensor:
         """Returns the number or numbers."""

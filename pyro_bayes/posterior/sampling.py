@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyro_bayes.posterior.draws import Flat
 from pyro_bayes.posterior.gpu import kernels
+from pyro_bayes.posterior.layout import Flat
 
 _KEPT = 2**22  # draws of up to so many elements are kept from batch to batch
 

@@ -27,7 +27,7 @@ from pyro_bayes.base.torch_private import (
     tree_map_only,
     tree_unflatten,
 )
-from pyro_bayes.posterior.draws import Flat
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.posterior.sampling import WeightDraws
 from pyro_bayes.prediction.batches import arguments, each_batch, inputs, parts, signature
 from pyro_bayes.prediction.statistics import Result, RunningStatistics, joined

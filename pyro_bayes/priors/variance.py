@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_bayes.base.checks import check_prior_var
 from pyro_bayes.base.selection import Choice, first_matches
-from pyro_bayes.posterior.draws import Flat, Precision, divergence
-from pyro_bayes.posterior.layout import Layout
+from pyro_bayes.posterior.draws import Precision, divergence
+from pyro_bayes.posterior.layout import Flat, Layout
 
 PriorVar: TypeAlias = "float | str | Empirical | Mapping[str, float | str | Empirical]"
 """What a user may give as a variance of the prior."""

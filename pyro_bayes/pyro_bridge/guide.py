@@ -13,7 +13,8 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
 from pyro_bayes.base.nested import plant
-from pyro_bayes.posterior.draws import Flat, draw
+from pyro_bayes.posterior.draws import draw
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.posterior.memory import Leaves, Memory
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.joint import Joint

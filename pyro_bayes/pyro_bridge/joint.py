@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_bayes.posterior.draws import Flat
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.priors.variance import PriorVariances
 
 

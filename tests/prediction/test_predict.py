@@ -12,8 +12,7 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bayes import BayesianModel
-from pyro_bayes.posterior.draws import Flat
-from pyro_bayes.posterior.layout import Layout
+from pyro_bayes.posterior.layout import Flat, Layout
 from pyro_bayes.posterior.sampling import WeightDraws
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}

@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_bayes import ELBO, BayesianModel, svi_model
 from pyro_bayes.likelihoods import Gaussian
-from pyro_bayes.posterior.draws import Flat
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.priors import Empirical
 
 RULES = {
