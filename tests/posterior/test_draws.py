@@ -355,7 +355,9 @@ def test_variances_of_very_different_sizes(monkeypatch):
 
 
 def test_not_a_number_stays_one():
-    posterior = Flat(Layout({"w": torch.empty(3)}), torch.zeros(3), torch.tensor([-9, torch.nan, 0]))
+    posterior = Flat(
+        Layout({"w": torch.empty(3)}), torch.zeros(3), torch.tensor([-9, torch.nan, 0])
+    )
     assert draws.divergence(posterior).isnan()
     assert draws.draw(posterior, number="divergence").number.isnan()
 
