@@ -105,7 +105,7 @@ def test_values_and_derivatives_are_those_of_the_formulas(chunked, kind, number,
     precision = precision(posterior)
     drawn = draws.draw(posterior, kind, number, precision)
     means, outputs, value = by_formula(posterior, kind, number, precision, drawn.outputs)
-    assert len({grad_fn for grad_fn in (t.grad_fn for t in drawn.outputs) if grad_fn}) == 1
+    assert len({output.grad_fn for output in drawn.outputs}) == 1
     for name, output in zip(NAMES, drawn.outputs, strict=True):
         assert output.shape == PARAMETERS[name].shape
         assert output.stride() == torch.empty_like(PARAMETERS[name]).stride()
@@ -167,18 +167,14 @@ def test_noise_is_that_of_the_seed_and_none_is_used_twice(chunked):
     posterior = make()
     torch.manual_seed(1)
     drawn = draws.draw(posterior).outputs
-    assert torch.equal(torch.cat(of_seed_lines(posterior)), posterior.layout.flatten(drawn))
+    again = of_seed("draws", None, 1.0, *posterior)
+    torch.testing.assert_close(tuple(drawn), again, rtol=0, atol=0)
     epsilon = (posterior.layout.flatten(drawn) - posterior.mean) * (-0.5 * posterior.logvar).exp()
     assert len(epsilon.detach().unique()) == posterior.layout.size
     torch.manual_seed(1)
     noise = torch.randn(posterior.layout.size, dtype=torch.double)
     if layout.CHUNK > 100:
         torch.testing.assert_close(epsilon, noise)
-
-
-def of_seed_lines(posterior):
-    outputs = of_seed("draws", None, 1.0, *posterior)
-    return posterior.layout.lines([output.detach() for output in outputs])
 
 
 @pytest.mark.parametrize("kind", ["draws", "deviations"])
@@ -229,14 +225,12 @@ def test_what_is_frozen_gets_no_gradient(kind, number, trains):
 @pytest.mark.parametrize("used", [["b"], ["w", "t"], ["none"], []], ids=str)
 @pytest.mark.parametrize(("kind", "number"), ASKED.values(), ids=ASKED)
 def test_draws_that_are_not_used(chunked, kind, number, used):
+    if not used and number is None:
+        pytest.skip("no such case")
     posterior = make()
     own = draws.draw(posterior, kind, number, 2.0)
     _, outputs, value = by_formula(posterior, kind, number, 2.0, own.outputs)
     values = (own.outputs, own.number), (outputs, value)
-    if not used and number is None:
-        assert grad(0 * own.outputs[0].detach().sum() + posterior.mean.sum(), posterior.logvar,
-                    allow_unused=True) == (None,)  # fmt: skip
-        return
     own, expected = (derivatives(loss_of([], *v, used), posterior[1:]) for v in values)
     torch.testing.assert_close(own, expected)
 
@@ -318,7 +312,7 @@ def test_log_densities_are_functions_of_the_draws(chunked):
     torch.testing.assert_close(with_graph[:2], total)
 
 
-SHIFTS = [-12.0, -4.1, -3.9, -2.7, -0.6, -1e-3, 0.0, 1e-3, 2.0]
+SHIFTS = [-12.0, -4.6, -4.1, -3.9, -2.7, -0.6, -1e-3, 0.0, 1e-3, 2.0]
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
