@@ -228,6 +228,8 @@ def test_gradients_are_cleared_by_name(bnn):
     posterior[first].grad = None
     assert posterior[first].grad is None
     assert named(bnn)[first].grad is None
+    for copied in (copy.deepcopy(bnn), saved(bnn, weights_only=False)):
+        close(values(copied), values(bnn), rtol=0, atol=0)
     for name in (second, *others):
         torch.testing.assert_close(posterior[name].grad, expected[name])
     posterior[second].grad.zero_()
