@@ -1,4 +1,4 @@
-"""The arithmetic of draws and divergences, against closed forms and torch.distributions."""
+"""The formulas of Gaussian elements, against closed forms and torch.distributions."""
 
 import pytest
 import torch
@@ -11,48 +11,72 @@ from pyro_bayes.posterior import gaussian
 
 def reference_kl(mean, logvar, prior_var):
     mean, logvar = mean.double(), logvar.double()
-    prior = Normal(torch.zeros_like(mean), prior_var**0.5)
-    return kl_divergence(Normal(mean, (0.5 * logvar).exp()), prior).sum()
+    prior = Normal(torch.zeros_like(mean), torch.as_tensor(prior_var).double() ** 0.5)
+    return kl_divergence(Normal(mean, (0.5 * logvar).exp()), prior)
+
+
+VARIANCES = {"narrow": 1e-3, "one": 1.0, "wide": 7.0, "each": torch.linspace(0.1, 9.0, 5)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logvar", [-30.0, -9.0, -1.0, 0.0, 0.3, 10.0])
-@pytest.mark.parametrize("prior_var", [1e-3, 1.0, 7.0])
-def test_kl_equals_torch_distributions(dtype, logvar, prior_var):
+@pytest.mark.parametrize("prior_var", VARIANCES.values(), ids=VARIANCES)
+def test_divergences_equal_those_of_torch_distributions(dtype, logvar, prior_var):
     mean = torch.randn(7, 5, dtype=dtype)
     logvar = torch.full_like(mean, logvar) + 0.1 * torch.randn_like(mean)
-    ours = gaussian.kl_divergence(mean, logvar, prior_var)
-    assert ours.dtype == dtype
-    assert ours.shape == ()
+    terms = gaussian.divergence_terms(mean, logvar, 1 / prior_var)
+    assert terms.dtype == dtype
+    assert terms.shape == (7, 5)
     reference = reference_kl(mean, logvar, prior_var)
-    torch.testing.assert_close(ours.double(), reference, rtol=1e-6, atol=0)
+    torch.testing.assert_close(terms.double(), reference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms.double().sum(), reference.sum(), rtol=1e-6, atol=0)
 
 
-def test_kl_near_the_prior_keeps_its_digits():
-    logvar = torch.tensor([1e-3])
-    ours = gaussian.kl_divergence(torch.zeros(1), logvar, 1.0)
+def test_divergences_near_the_prior_keep_their_digits():
+    (term,) = gaussian.divergence_terms(torch.zeros(1), torch.tensor([1e-3]), 1.0)
     # a = log σ²: ½(eᵃ - 1 - a) = a²/4 + a³/12 + …
-    assert ours.item() == pytest.approx(1e-6 / 4 + 1e-9 / 12, rel=1e-3)
+    assert term.item() == pytest.approx(1e-6 / 4 + 1e-9 / 12, rel=1e-3)
 
 
 @pytest.mark.parametrize("prior_var", [0.3, 1.0])
-def test_gradients_of_the_kl(prior_var):
-    mean = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    logvar = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda m, v: gaussian.kl_divergence(m, v, prior_var), (mean, logvar))
-    gaussian.kl_divergence(mean, logvar, prior_var).backward()
+def test_gradients_of_divergences(prior_var):
+    mean, logvar = (torch.randn(4, dtype=torch.double, requires_grad=True) for _ in range(2))
+
+    def terms(mean, logvar):
+        return gaussian.divergence_terms(mean, logvar, 1 / prior_var)
+
+    torch.autograd.gradcheck(terms, (mean, logvar))
+    terms(mean, logvar).sum().backward()
     torch.testing.assert_close(mean.grad, mean.detach() / prior_var)
     torch.testing.assert_close(logvar.grad, 0.5 * (logvar.detach().exp() / prior_var - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kl_in_half_precision_is_summed_in_single(dtype):
+def test_divergences_in_half_precision_are_single(dtype):
+    mean, logvar = torch.randn(100, dtype=dtype), torch.full((100,), -9.0, dtype=dtype)
+    terms = gaussian.divergence_terms(mean, logvar, 2.0)
+    assert terms.dtype == torch.float32
+    torch.testing.assert_close(terms.double(), reference_kl(mean, logvar, 0.5), rtol=1e-6, atol=0)
+
+
+def test_log_densities_equal_those_of_torch_distributions():
+    value, mean, logvar = (torch.randn(7, dtype=torch.double, requires_grad=True) for _ in range(3))
+    terms = gaussian.log_densities(value, mean, logvar)
+    torch.testing.assert_close(terms, Normal(mean, (0.5 * logvar).exp()).log_prob(value))
+    torch.autograd.gradcheck(gaussian.log_densities, (value, mean, logvar))
+    terms.sum().backward()
+    scaled = ((value - mean) * (-logvar).exp()).detach()
+    torch.testing.assert_close(value.grad, -scaled)
+    torch.testing.assert_close(mean.grad, scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_divergence_of_a_model_in_half_precision_is_summed_in_single(dtype):
     bnn = BayesianModel(nn.Linear(100, 100, dtype=dtype))
     kl = bnn.kl_divergence()
     assert kl.dtype == dtype
-    mean, logvar = bnn.means.weight.detach(), bnn.logvars.weight.detach()
-    bias = reference_kl(bnn.means.bias.detach(), bnn.logvars.bias.detach(), 1.0)
-    reference = reference_kl(mean, logvar, 1.0) + bias
+    pairs = zip(bnn.means.parameters(), bnn.logvars.parameters(), strict=True)
+    reference = sum(reference_kl(m.detach(), v.detach(), 1.0).sum() for m, v in pairs)
     torch.testing.assert_close(kl.double(), reference, rtol=1e-2, atol=0)
 
 

@@ -4,7 +4,6 @@ import copy
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pyro
 import pytest
@@ -16,8 +15,8 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
-from pyro_bayes.posterior import fused, gaussian, gpu
-from pyro_bayes.posterior.scores import scored_draws
+from pyro_bayes.posterior import gaussian, gpu
+from pyro_bayes.posterior.draws import divergence, draw
 from pyro_bayes.training.schedule import LinearWarmup
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -52,49 +51,48 @@ def close(found, expected, rtol=2e-4, atol=2e-5):
 
 
 def test_kernels_are_at_work(bnn):
-    single = next(bnn.parameters()).dtype == torch.float32
-    assert (
-        gpu.kernels([*bnn.means.parameters()], [*bnn.logvars.parameters()]) is not None
-    ) == single
+    for parameter in (bnn.guide.mean, bnn.guide.mean.detach()):
+        assert (gpu.kernels(parameter) is not None) == (parameter.dtype == torch.float32)
+    assert gpu.kernels(torch.zeros(3)) is None
+
+
+def by_formula(flat, outputs):
+    """Draws as functions of the posterior, by name."""
+    layout, mean, logvar = flat
+    epsilon = ((layout.flatten(outputs) - mean) / (0.5 * logvar).exp()).detach()
+    same = layout.split(gaussian.draw(mean, logvar, epsilon))
+    return dict(zip(layout.names, same, strict=True))
 
 
 def test_gradients_are_those_of_the_formulas(bnn, data):
     x, y = data
-    posterior = bnn._guide.posterior()
-    values, anchor = fused.outputs_and_anchor("draws", posterior)
-    loss = F.cross_entropy(functional_call(bnn.base.eval(), values, (x,)), y)
-    total = loss + 0.1 * fused.kl_divergence(posterior, 0.5, anchor)
-    parameters = [p for pair in posterior.values() for p in pair]
-    found = torch.autograd.grad(total, parameters)
-
-    drawn, terms = {}, 0.0
-    for name, (mean, logvar) in posterior.items():
-        epsilon = ((values[name] - mean) / (0.5 * logvar).exp()).detach()
-        drawn[name] = gaussian.draw(mean, logvar, epsilon)
-        terms = terms + gaussian.kl_divergence(mean, logvar, 0.5)
-    expected = F.cross_entropy(functional_call(bnn.base, drawn, (x,)), y) + 0.1 * terms
-    close(total, expected)
-    for one, other in zip(found, torch.autograd.grad(expected, parameters), strict=True):
-        close(one, other)
+    (flat,) = bnn.guide.flats()
+    _, outputs, kl = draw(flat, number="divergence", precision=2.0)
+    values = dict(zip(flat.layout.names, outputs, strict=True))
+    bnn.base.eval()
+    losses = []
+    terms = gaussian.divergence_terms(flat.mean, flat.logvar, 2.0).sum()
+    for drawn, number in ((values, kl), (by_formula(flat, outputs), terms)):
+        losses.append(F.cross_entropy(functional_call(bnn.base, drawn, (x,)), y) + 0.1 * number)
+    close(*losses)
+    close(divergence(flat, 2.0), terms)
+    for own, other in zip(*[torch.autograd.grad(v, flat[1:]) for v in losses], strict=True):
+        close(own, other)
 
 
 def test_log_densities_are_those_of_the_formulas(bnn):
-    posterior = bnn._guide.posterior()
-    parameters = [p for pair in posterior.values() for p in pair]
-    total, expected = 0.0, 0.0
-    for i, (name, (draw, score)) in enumerate(scored_draws(posterior).items()):
-        mean, logvar = posterior[name]
-        epsilon = ((draw - mean) / (0.5 * logvar).exp()).detach()
-        same = gaussian.draw(mean, logvar, epsilon)
-        close(score, gaussian.log_density(logvar, epsilon), rtol=1e-4)
-        half, _ = draw._half_square
-        close(half, 0.5 * (draw**2).sum(), rtol=1e-4)
-        total = total + (i + 1) * (half - 0.3 * score) + draw.sin().sum()
-        log_q = gaussian.log_density(logvar, epsilon)
-        expected = expected + (i + 1) * (0.5 * (same**2).sum() - 0.3 * log_q) + same.sin().sum()
-    expected = torch.autograd.grad(expected, parameters)
-    for one, other in zip(torch.autograd.grad(total, parameters), expected, strict=True):
-        close(one, other, atol=2e-4)
+    (flat,) = bnn.guide.flats()
+    layout, mean, logvar = flat
+    _, outputs, log_densities = draw(flat, number="log_densities")
+    same = layout.flatten(by_formula(flat, outputs).values())
+    expected = layout.sums(gaussian.log_densities(same, mean, logvar))
+    close(log_densities, expected, rtol=1e-4)
+    factors = torch.arange(1.0, len(expected) + 1).to(expected)
+    first = (factors * log_densities).sum() + layout.flatten(outputs).sin().sum()
+    second = (factors * expected).sum() + same.sin().sum()
+    pairs = [torch.autograd.grad(loss, (mean, logvar)) for loss in (first, second)]
+    for own, other in zip(*pairs, strict=True):
+        close(own, other, atol=2e-4)
 
 
 def test_divergences(bnn):
@@ -103,33 +101,43 @@ def test_divergences(bnn):
     close(bnn.kl_divergence(prior_var="empirical"), on_cpu.kl_divergence(prior_var="empirical"))
 
 
-@pytest.mark.parametrize("prior_var", [0.3, {"conv.*": 0.1, "*": 2.0}], ids=["one", "patterns"])
-@pytest.mark.parametrize("drawn", [False, True], ids=["alone", "after draws"])
-def test_gradients_of_divergences(bnn, prior_var, drawn):
+PRIORS = {"one": 0.3, "patterns": {"conv.*": 0.1, "*": 2.0}, "empirical": "empirical"}
+
+
+@pytest.mark.parametrize("prior_var", PRIORS.values(), ids=PRIORS)
+@pytest.mark.parametrize("local_trick", [None, *ESTIMATORS])
+def test_gradients_of_divergences(prior_var, local_trick):
+    bnn = BayesianModel(Net(), init_logvar=-4.0, prior_var=prior_var).to("cuda")
     on_cpu = copy.deepcopy(bnn).cpu().double()
-    with bnn.reparameterize() if drawn else nullcontext():
-        pass
-    found, expected = bnn.kl_divergence(prior_var), on_cpu.kl_divergence(prior_var)
-    close(found, expected)
-    (3 * found).backward()
+    if local_trick is None:
+        own = bnn.kl_divergence()
+    else:
+        with bnn.reparameterize_with_kl(local_trick) as (_, own):
+            pass
+    expected = on_cpu.kl_divergence()
+    close(own, expected)
+    (3 * own).backward()
     (3 * expected).backward()
     for one, other in zip(bnn.parameters(), on_cpu.parameters(), strict=True):
         close(one.grad, other.grad)
 
 
-def test_other_layouts(bnn):
-    bnn.to(memory_format=torch.channels_last)
-    assert not bnn.means.conv.weight.is_contiguous()
-    draw = bnn.sample_params()["conv.weight"]
-    logvar = torch.full_like(draw, -80.0)
-    posterior = {"w": (bnn.means.conv.weight.contiguous(), logvar)}
-    assert not logvar.is_contiguous()
-    close(fused.draws(posterior)["w"], bnn.means.conv.weight)
+@pytest.mark.parametrize("leaves", ["flat", "named"])
+def test_other_strides(leaves):
+    net = Net().to("cuda", memory_format=torch.channels_last)
+    strides = {name: p.stride() for name, p in net.named_parameters()}
+    bnn = BayesianModel(net, init_logvar=-80.0, leaves=leaves)
+    with bnn.reparameterize() as base:
+        for name, parameter in base.named_parameters():
+            assert parameter.stride() == strides[name]
+            close(parameter, bnn.means.get_parameter(name))
 
 
+@pytest.mark.parametrize("leaves", ["flat", "named"])
 @pytest.mark.parametrize("local_trick", ESTIMATORS)
-def test_training(bnn, data, local_trick):
+def test_training(data, local_trick, leaves):
     x, y = data
+    bnn = BayesianModel(Net(), init_logvar=-4.0, leaves=leaves).to(x)
     optimizer = torch.optim.Adam(bnn.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
@@ -224,16 +232,13 @@ from pyro_bayes.posterior import gpu
 
 bnn = BayesianModel(nn.Linear(4, 3)).to("cuda")
 torch.zeros(1, device="cuda")
-pair = [bnn.means.weight], [bnn.logvars.weight]
-try:
+try:  # CUDA may refuse to load a kernel meanwhile
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         bnn.sample_params()
-except RuntimeError as error:
-    assert str(error).startswith("Expected a step with these parameters before"), error
-else:
-    raise AssertionError
+except RuntimeError:
+    pass
 bnn.sample_params()
-assert gpu.kernels(*pair) is not None
+assert gpu.kernels(bnn.guide.mean) is not None
 """
     run = [sys.executable, "-W", "error::UserWarning:pyro_bayes", "-c", code]
     result = subprocess.run(run, capture_output=True, text=True, check=False)
@@ -259,23 +264,25 @@ def test_replays_draw_anew(bnn, data):
     assert not torch.equal(found[1], found[2])
 
 
+LAUNCHES = {
+    "draws": (lambda flat: draw(flat), 2),  # one for the key of the random numbers
+    "draws and divergence": (lambda flat: draw(flat, number="divergence"), 4),
+    "divergence": (lambda flat: divergence(flat), 2),
+    "variances": (lambda flat: draw(flat, "variances"), 1),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Warning. Profiler")
-def test_draws_are_one_kernel_and_a_key():
+@pytest.mark.parametrize(("compute", "count"), LAUNCHES.values(), ids=LAUNCHES)
+def test_launches_are_few(compute, count):
     bnn = BayesianModel(nn.Sequential(*[nn.Linear(16, 16) for _ in range(10)])).to("cuda")
-    posterior = bnn._guide.posterior()
-    fused.draws(posterior)
+    (flat,) = bnn.guide.flats()
+    compute(flat)
     with profile(activities=[ProfilerActivity.CUDA]) as measured:
-        fused.draws(posterior)
+        compute(flat)
         torch.cuda.synchronize()
     kernels = [e for e in measured.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    # What is left sets the two numbers of an anchor to zero.
-    assert len(kernels) <= 4, [kernel.name for kernel in kernels]
-
-
-def test_divergences_of_very_many_parameters():
-    means, logvars = ([torch.full((1,), v, device="cuda")] * 70_000 for v in (1.0, 0.0))
-    divergences = gpu.kernels(means, logvars).divergences(means, logvars, 1.0)
-    assert (divergences == 0.5).all()
+    assert len(kernels) <= count, [kernel.name for kernel in kernels]
 
 
 def test_draws_depend_on_the_seed(bnn):
@@ -288,15 +295,17 @@ def test_draws_depend_on_the_seed(bnn):
         assert not torch.equal(value, second[name])
 
 
-def test_parameters_that_move_are_found():
-    bnn = BayesianModel(nn.Linear(4, 3), init_logvar=-30.0).to("cuda")
+@pytest.mark.parametrize("leaves", ["flat", "named"])
+def test_parameters_that_move_are_found(leaves):
+    net = nn.Linear(4, 3)
+    bnn = BayesianModel(net, init_logvar=-30.0, leaves=leaves).to("cuda")
     for _ in range(3):
         bnn.to("cpu")
         bnn.to("cuda")
-        draw = bnn.sample_params()["weight"]
-        close(draw, bnn.base.weight, atol=1e-5)
-        with torch.no_grad():
-            bnn.base.weight.data = torch.randn(3, 4, device="cuda")
+        assert net.weight.data_ptr() == bnn.means.weight.data_ptr()
+        close(bnn.sample_params()["weight"], net.weight, atol=1e-5)
+        bnn.means.weight.data = torch.randn(3, 4, device="cuda")
+        close(net.weight, bnn.means.weight)
 
 
 def test_parts_on_different_devices():
@@ -309,16 +318,15 @@ def test_parts_on_different_devices():
 
 
 def test_second_derivatives(bnn):
-    posterior = bnn._guide.posterior()
-    mean, logvar = posterior["conv.weight"]
-    draw = fused.draws({"w": (mean, logvar)})["w"]
-    (first,) = torch.autograd.grad((draw**3).sum(), logvar, create_graph=True)
-    (found,) = torch.autograd.grad(first.sum(), logvar)
-    epsilon = ((draw - mean) / (0.5 * logvar).exp()).detach()
-    same = gaussian.draw(mean, logvar, epsilon)
-    (first,) = torch.autograd.grad((same**3).sum(), logvar, create_graph=True)
-    (expected,) = torch.autograd.grad(first.sum(), logvar)
-    close(found, expected)
+    (flat,) = bnn.guide.flats()
+    outputs = draw(flat).outputs
+    pairs = []
+    for drawn in (outputs, by_formula(flat, outputs).values()):
+        cubes = (flat.layout.flatten(drawn) ** 3).sum()
+        first = torch.autograd.grad(cubes, flat[1:], create_graph=True)
+        pairs.append(torch.autograd.grad(sum(g.sum() for g in first), flat[1:]))
+    for own, other in zip(*pairs, strict=True):
+        close(own, other)
 
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
