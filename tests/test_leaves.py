@@ -657,14 +657,20 @@ def test_strides_of_the_base_are_those_in_the_context(leaves, way):
         assert p.grad.stride() == p.stride()
 
 
-def test_a_model_takes_on_another_memory_format(leaves):
+def test_another_memory_format_is_taken_on_before(leaves):
     net = convolution()
     expected = {n: p.stride() for n, p in convolution(memory_format=torch.channels_last)
                 .named_parameters()}  # fmt: skip
     bnn = make(leaves, net)
     before = values(bnn)
-    bnn.to(memory_format=torch.channels_last)
+    with pytest.warns(UserWarning, match=r"strides .* \['0.weight'\], which keep"):
+        bnn.to(memory_format=torch.channels_last)
     close(values(bnn), before)
+    close(
+        {name: p for name, p in net.named_parameters()},
+        {n: p for n, p in bnn.means.named_parameters()},
+    )
+    bnn = make(leaves, net.to(memory_format=torch.channels_last))
     with bnn.reparameterize() as model:
         assert {name: p.stride() for name, p in model.named_parameters()} == expected
     assert {name: p.stride() for name, p in net.named_parameters()} == expected

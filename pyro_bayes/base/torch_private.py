@@ -5,7 +5,7 @@ Other files take these from here. `tests/base/test_torch_private.py` says what e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "TorchDispatchMode",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
+    "is_batched",
     "is_transformed",
     "outside_transforms",
     "transform_level",
@@ -72,6 +73,18 @@ def is_transformed() -> bool:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return True
     return forward_ad._current_level >= 0
+
+
+def is_batched(gradients: Iterable[Tensor | None]) -> bool:
+    """Tells whether any gradient is one of many that a backward pass computes at once.
+
+    Arguments:
+        gradients: The gradients.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return any([batched(gradient) for gradient in gradients if gradient is not None])
 
 
 def has_saved_tensors_hooks() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.torch_private import is_transformed, untracked_views
+from pyro_bayes.base.torch_private import is_batched, is_transformed, untracked_views
 from pyro_bayes.posterior import gaussian, passes
 from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
@@ -154,7 +154,7 @@ class _Draw(torch.autograd.Function):
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
         compute, precision = passes.gradients, ctx.present
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grads):
             compute, precision = _gradients_by_formula, ctx.precision
         weight = 1.0 if ctx.kind == "variances" else 0.5
         rest = of_means, of_outputs, of_number, precision
@@ -182,7 +182,7 @@ class _LogDensity(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
         spread, mean, logvar, *draws = ctx.saved_tensors
         layout: Layout = ctx.layout
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched([grad]):
             deviation = _deviation(spread, layout.flatten(draws), mean)
             grad = layout.spread(grad)
             scaled = grad * deviation * (-logvar).exp()

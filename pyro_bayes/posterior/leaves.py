@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ _GRAD: Any = Tensor.grad
 class Leaf(nn.Parameter):
     """A parameter whose memory others share: what is assigned to `.data` is copied into it."""
 
-    cleared: tuple[int, int, frozenset[int]] | None = None
-    """The identity and version of a gradient of which some parameters, by index, have none."""
+    cleared: tuple[weakref.ref[Tensor], int, frozenset[int]] | None = None
+    """A gradient and its version, of which some parameters, by index, have none."""
     frozen: frozenset[int] = frozenset()
     """The indices of parameters that are not to train, while others do: a wish that is refused."""
 
@@ -36,6 +37,9 @@ class Leaf(nn.Parameter):
             own.copy_(values)
         else:
             self.adopt(values)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
     def check_frozen(self, names: Sequence[str]) -> None:
         """Raises a `RuntimeError` if some parameters are frozen and others not.
@@ -80,6 +84,20 @@ class NamedView(Leaf):
 
     def __init__(self, leaf: Leaf, index: int, count: int, part: Part) -> None:
         self.leaf, self._index, self._count, self._part = leaf, index, count, part
+        self._former: list[weakref.ref[NamedView]] = []
+
+    def keep(self, former: Iterable[NamedView]) -> None:
+        """Keeps the views that this one takes the place of, for as long as others hold them.
+
+        Arguments:
+            former: The views.
+        """
+        self._former = [weakref.ref(view) for view in former]
+
+    def former(self) -> list[NamedView]:
+        """Returns the views that this one has taken the place of."""
+        views = (reference() for reference in self._former)
+        return [view for view in views if view is not None]
 
     @property
     def data(self) -> Tensor:
@@ -112,7 +130,7 @@ class NamedView(Leaf):
         grad = self.leaf.grad
         if grad is None or self._index in self._cleared(grad):
             return None
-        return grad.as_strided(self._part.shape, self._part.stride, self._part.offset)
+        return self._of(grad)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -126,12 +144,11 @@ class NamedView(Leaf):
                 return
             own = leaf.grad.detach()
             own[self._part.offset : self._part.offset + self._part.size].zero_()
-            leaf.cleared = (id(leaf.grad), own._version, cleared)
+            leaf.cleared = (weakref.ref(leaf.grad), own._version, cleared)
             return
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
-        part = self._part
-        leaf.grad.detach().as_strided(part.shape, part.stride, part.offset).copy_(value)
+        self._of(leaf.grad.detach()).copy_(value)
 
     @property
     def requires_grad(self) -> bool:
@@ -165,12 +182,14 @@ class NamedView(Leaf):
         copied: nn.Parameter = memo[id(self)]
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+    def _of(self, flat: Tensor) -> Tensor:
+        """The part of a flat tensor, which may be a part of another itself."""
+        shape, stride, offset = self._part.shape, self._part.stride, self._part.offset
+        return flat.as_strided(shape, stride, flat.storage_offset() + offset)
 
     def _cleared(self, grad: Tensor) -> frozenset[int]:
         cleared = self.leaf.cleared
-        if cleared is None or cleared[:2] != (id(grad), grad._version):
+        if cleared is None or cleared[0]() is not grad or cleared[1] != grad._version:
             return frozenset()
         return cleared[2]
 
@@ -198,6 +217,8 @@ def alias(flat: Tensor, part: Part) -> Tensor:
         part: Where the parameter lies.
     """
     flat = _DATA.__get__(flat)
+    if flat.is_cpu and flat.is_shared():  # between processes, the storage itself is what is shared
+        return flat.as_strided(part.shape, part.stride, part.offset)
     try:
         width = flat.element_size()
         piece = flat.untyped_storage()[part.offset * width : (part.offset + part.size) * width]
@@ -208,6 +229,21 @@ def alias(flat: Tensor, part: Part) -> Tensor:
     return own
 
 
+def joined(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a flat tensor with the values of parameters, in their memory if that is of one piece.
+
+    Arguments:
+        layout: Where each is to lie.
+        tensors: The parameters.
+    """
+    first, shared = tensors[0], tensors[0].is_cpu and tensors[0].is_shared()
+    pairs = list(zip(tensors, layout.parts, strict=True))
+    storages = {t.untyped_storage().data_ptr() for t in tensors if t.numel()} if shared else {0, 1}
+    if len(storages) > 1 or any(t.storage_offset() != part.offset for t, part in pairs):
+        return layout.flatten(tensors)
+    return first.as_strided((layout.size,), (1,), 0)
+
+
 def whole(flat: Tensor) -> Tensor:
     """Returns a flat tensor with a storage of its own, which others may replace.
 
@@ -216,8 +252,6 @@ def whole(flat: Tensor) -> Tensor:
     Arguments:
         flat: The flat tensor.
     """
-    if flat.is_shared() and flat.is_cpu:
-        return flat  # between processes, the storage itself is what is shared
     return alias(flat, Part("", flat.shape, flat.stride(), None, 0, flat.numel()))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.posterior.layout import Flat, Layout, Part
-from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, whole
+from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
 
 Leaves: TypeAlias = Literal["flat", "named"]
 Kind: TypeAlias = Literal["mean", "logvar"]
@@ -175,9 +175,10 @@ class Memory:
             [holder[key] is leaf for holder, key, leaf, _ in places]
         )
         if self.leaves == "flat":
-            leaf: Any = values.get(key, self._parameters[key])
+            leaf: Any = self._parameters[key]
             if isinstance(leaf, Leaf) and leaf.frozen:
                 leaf.check_frozen(layout.names)
+            leaf = values.get(key, leaf)
             if own:
                 return leaf  # type: ignore[no-any-return]
             pairs = zip(places, layout.split(leaf), strict=True)
@@ -203,12 +204,13 @@ class Memory:
             return
         self._trees = {kind: self._modules[f"{kind}s"] for kind in KINDS}
         named = {kind: dict(tree.named_parameters()) for kind, tree in self._trees.items()}
-        self._build(
-            [
-                [layout.flatten(named[kind][n].detach() for n in layout.names) for kind in KINDS]
-                for layout in self._layouts
-            ]
-        )
+        flats = [
+            [joined(layout, [named[kind][n].detach() for n in layout.names]) for kind in KINDS]
+            for layout in self._layouts
+        ]
+        if any(p.is_cpu and p.is_shared() for p in named["mean"].values()):
+            flats = [[flat.share_memory_() for flat in pair] for pair in flats]
+        self._build(flats)
 
     def assign(self, values: Mapping[str, Tensor]) -> None:
         """Takes over values with their dtype and device.
@@ -280,15 +282,19 @@ class Memory:
         if leaf is not None:
             place = self._places.get(kind, {}).get(part.name)
             view = NamedView(leaf, index, len(layout.parts), part)
-            if place is not None:  # whoever holds the former view still writes to this memory
-                place.own.adopt(view.data)
+            # Whoever holds a former view still writes to this memory.
+            if place is not None and isinstance(place.own, NamedView):
+                former = [place.own, *place.own.former()]
+                for other in former:
+                    other.adopt(view.data)
+                view.keep(former)
             return view
         tree = self._trees.get(kind)
-        former = None if tree is None else tree.get_parameter(part.name)
-        if isinstance(former, Leaf):
-            former.adopt(alias(flat, part))
-            return former
-        return Leaf(alias(flat, part), former is None or former.requires_grad)
+        own = None if tree is None else tree.get_parameter(part.name)
+        if isinstance(own, Leaf):
+            own.adopt(alias(flat, part))
+            return own
+        return Leaf(alias(flat, part), own is None or own.requires_grad)
 
     def _is_intact(self) -> bool:
         """Tells whether flat leaves are all that counts, as they are in almost every step."""

@@ -182,7 +182,9 @@ class _Sums:
         if self._is_log:
             pairs = zip(numbers, self._layout.sizes, strict=True)
             numbers = [-s - 0.5 * size * math.log(2 * math.pi) for s, size in pairs]
-        return torch.stack([torch.as_tensor(n).to(self._like) for n in numbers])
+        if all([isinstance(n, float) for n in numbers]):
+            return self._like.new_tensor(numbers)
+        return torch.stack([torch.as_tensor(n, device=self._like.device) for n in numbers])
 
     def _read(self, total: Tensor) -> Any:
         # Other devices would have to be waited for.

@@ -228,8 +228,17 @@ class PosteriorModule(PyroModule):
 
     def _replaced(self) -> None:
         self._prepare()
+        memory, originals = self._guide.memory, self.swap.originals
+        changed = [n for n in memory.addresses if originals[n].stride() != memory.mean(n).stride()]
         self._take_over()
         store.replace(self._stored())
+        if changed and not ownership.is_former(self._guide):
+            warnings.warn(
+                f"Expected the strides of parameters to stay; got others for {changed}, which keep"
+                " those that they had. Convert the base first, as in"
+                " BayesianModel(net.to(memory_format=torch.channels_last)).",
+                stacklevel=4,
+            )
 
     @contextmanager
     def hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
