@@ -26,6 +26,7 @@ class Swap:
     Arguments:
         module: The module.
         names: The names of each parameter, aliases included, by its first name.
+        attributes: What else is given back: dictionaries, each with a key.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -37,8 +38,14 @@ class Swap:
         True
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[str, Sequence[str]],
+        attributes: Sequence[tuple[dict[str, Any], str]] = (),
+    ) -> None:
         self._module = module
+        self._others = attributes
         self._names = names
         self._layers: list[Mapping[str, Tensor]] = []
         self.prepare()
@@ -91,6 +98,7 @@ class Swap:
             or (isinstance(value, Tensor) and _is_computed(m, key, value))
             or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
+        self._attributes += self._others
         self._places, self._originals, self._expected = places, originals, expected
 
     def _verify(self) -> None:
@@ -131,7 +139,7 @@ class Swap:
             return copy.deepcopy(self._module, memo)
 
     @contextmanager
-    def __call__(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def __call__(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Holds values in the place of parameters while the context is open.
 
         Contexts may be nested, and left in any order: a place holds the value of the latest that
@@ -142,6 +150,9 @@ class Swap:
 
         Arguments:
             values: The tensors by the first names of the parameters they stand for.
+
+        Yields:
+            The module.
 
         Raises:
             RuntimeError: If the module has lost or replaced one of its parameters.
@@ -154,7 +165,7 @@ class Swap:
             for name, value in values.items():
                 for container, key in self._places[name]:
                     container[key] = value
-            yield
+            yield self._module
         finally:
             self._layers = [layer for layer in self._layers if layer is not values]
             for name in values:

@@ -139,9 +139,10 @@ class _Draw(torch.autograd.Function):
         means = [] if kind == "draws" else layout.views(mean)
         with untracked_views():
             outputs = layout.views(output)
-        kept = spread if ctx.is_log else None
-        ctx.mark_non_differentiable(*[kept] if kept is not None else [])
-        return *means, *outputs, kept, value
+        if not ctx.is_log:
+            return *means, *outputs, None, value
+        ctx.mark_non_differentiable(spread)
+        return *means, *outputs, spread, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -114,13 +114,13 @@ def gradients(
             a.zero_() if direct is None else a.copy_(direct)
             b.zero_() if given is None else torch.mul(given, s, out=b).mul_(weight)
             continue
-        factor = of_number if of_number.dim() == 0 else layout.each(of_number, chunk)
-        by = factor * p
-        torch.exp(v, out=b).mul_(by).sub_(factor)
+        half = 0.5 * (_number(of_number) if of_number.dim() == 0 else layout.each(of_number, chunk))
+        torch.exp(v, out=b).mul_(half * p).sub_(half)
         if given is not None:
-            b.addcmul_(given, s, value=2 * weight)
-        b.mul_(0.5)
-        torch.mul(m, by, out=a) if direct is None else torch.addcmul(direct, m, by, out=a)
+            b.addcmul_(given, s, value=weight)
+        torch.mul(m, 2 * half * p, out=a)
+        if direct is not None:
+            a.add_(direct)
     return of_mean, of_logvar
 
 
@@ -153,11 +153,11 @@ class _Sums:
     def add(self, chunk: Chunk, terms: Tensor) -> None:
         """Adds terms of a chunk, one for each element."""
         if self._sums is None:
-            self._total += self._read(terms.sum())
+            self._total += _number(terms.sum())
             return
         parts = terms.split(chunk.sizes) if len(chunk.sizes) > 1 else (terms,)
         for i, own in enumerate(parts, chunk.first):
-            self._sums[i] += self._read(own.sum())
+            self._sums[i] += _number(own.sum())
 
     def add_divergence(
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
@@ -186,6 +186,7 @@ class _Sums:
             return self._like.new_tensor(numbers)
         return torch.stack([torch.as_tensor(n, device=self._like.device) for n in numbers])
 
-    def _read(self, total: Tensor) -> Any:
-        # Other devices would have to be waited for.
-        return float(total) if self._like.is_cpu else total
+
+def _number(value: Tensor) -> Any:
+    # Other devices would have to be waited for.
+    return float(value) if value.is_cpu else value

@@ -121,7 +121,7 @@ class PriorVariances:
     def __init__(self, rules: Mapping[str, float | Empirical]) -> None:
         self.rules = dict(rules)
         self._posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
-        self._precisions: dict[Any, Tensor] = {}
+        self._precisions: dict[Any, Precision] = {}
 
     def follow(self, posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]]) -> None:
         r"""Tells empirical variances what to follow. Before, they are 1.
@@ -151,16 +151,18 @@ class PriorVariances:
             the means and the log-variances that returns one.
         """
         layout, mean, _ = posterior
+        key = (layout, mean.dtype, mean.device)
+        if key not in self._precisions:
+            self._precisions[key] = self._precision(layout, mean)
+        return self._precisions[key]
+
+    def _precision(self, layout: Layout, mean: Tensor) -> Precision:
         rules = [self.rules[name] for name in layout.names]
         if any(isinstance(rule, Empirical) for rule in rules):
             return partial(self._by_posterior, layout)
         if len(set(rules)) == 1:
             return 1 / rules[0]  # type: ignore[operator]
-        key = (layout, mean.dtype, mean.device)
-        if key not in self._precisions:
-            numbers = torch.tensor(rules, dtype=torch.double).reciprocal().to(mean)
-            self._precisions[key] = layout.spread(numbers)
-        return self._precisions[key]
+        return layout.spread(torch.tensor(rules, dtype=torch.double).reciprocal().to(mean))
 
     def _by_posterior(self, layout: Layout, mean: Tensor, logvar: Tensor) -> Tensor:
         pairs = zip(layout.split(mean), layout.split(logvar), strict=True)

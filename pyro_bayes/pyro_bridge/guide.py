@@ -127,8 +127,9 @@ class MeanField(AutoNormal):
 
     def pull(self) -> None:
         """Takes over values that were loaded into Pyro's param store, for either kind of leaves."""
-        store.pull(self.stored)
-        store.take(self.store_name, self.memory.unlike)
+        if not store.is_empty():
+            store.pull(self.stored)
+            store.take(self.store_name, self.memory.unlike)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Makes one sample statement per site; the arguments of the model are ignored.

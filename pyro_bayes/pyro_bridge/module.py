@@ -179,7 +179,8 @@ class PosteriorModule(PyroModule):
 
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced."""
-        self.swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self.choices})
+        names = {c.name: (c.name, *c.aliases) for c in self.choices}
+        self.swap = Swap(self._base, names, [(vars(self), "training")])
 
     def _tie(self) -> None:
         """Lets the base's included parameters share the memory of the means, if they are ours."""
@@ -240,23 +241,16 @@ class PosteriorModule(PyroModule):
                 stacklevel=4,
             )
 
-    @contextmanager
-    def hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Holds values in the place of the base's parameters while the context is open.
+    def hold(self, values: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[nn.Module]:
+        """Returns a context that holds values in the place of the base's parameters.
 
         Arguments:
             values: The values by the names of parameters.
 
-        Yields:
-            The base.
+        Returns:
+            The context, of the base.
         """
-        training = self.training
-        try:
-            with self.swap(values):
-                yield self._base
-        finally:
-            if self.training != training:  # Pyro's modules take long to set an attribute
-                self.training = training
+        return self.swap(values)
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that one thread at a time can be in."""

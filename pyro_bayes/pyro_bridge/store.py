@@ -65,6 +65,11 @@ def _remove(names: Sequence[str]) -> None:
             del store[key]
 
 
+def is_empty() -> bool:
+    """Tells whether the store holds nothing."""
+    return not _held()
+
+
 def pull(parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
     """Copies values that were loaded or set in the store into the model's own parameters.
 
