@@ -71,7 +71,7 @@ class GaussianTensor(torch.Tensor):
         axes: The signs that flipout takes along each dimension, if any; `None` if they cannot be
             told by dimension any more. By default, those of the whole parameter.
         noise: The noise of the context.
-        posterior: :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
+        posterior: Returns :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
     """
 
     def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
@@ -89,11 +89,16 @@ class GaussianTensor(torch.Tensor):
         key: str,
         axes: tuple[Axis | None, ...] | None = None,
         noise: ContextNoise,
-        posterior: tuple[Tensor, Tensor],
+        posterior: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         self._mean, self._moments, self._make, self._axes = mean, moments, make, axes
-        self.parameter, self.key, self.noise, self.posterior = parameter, key, noise, posterior
-        self._logvar = posterior[1]
+        self.parameter, self.key, self.noise, self._posterior = parameter, key, noise, posterior
+        self._pair = posterior  # of this tensor, which may be several copies of the parameter
+
+    @property
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        r""":math:`\mu` and :math:`\log \sigma^2` of the whole parameter."""
+        return self._posterior()
 
     @classmethod
     def of(
@@ -113,8 +118,10 @@ class GaussianTensor(torch.Tensor):
             noise: The noise of the context.
             moments: Those of its moments that were computed before.
         """
-        posterior = (mean, logvar)
-        return cls(mean, moments or {}, parameter=name, key=name, noise=noise, posterior=posterior)
+        return cls(
+            mean, moments or {}, parameter=name, key=name, noise=noise,
+            posterior=lambda: (mean, logvar),
+        )  # fmt: skip
 
     def moment(self, name: Moment) -> Tensor:
         """Returns a moment: once computed, the same, unless it had no gradient and needs one."""
@@ -134,7 +141,7 @@ class GaussianTensor(torch.Tensor):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.posterior)
 
     def _of_posterior(self, name: Moment, kept: Tensor | None) -> Tensor:
-        mean, logvar = self._mean, self._logvar
+        mean, logvar = self._pair()
         if name == "variance":
             # Half precision has no small variances.
             return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
@@ -168,7 +175,7 @@ class GaussianTensor(torch.Tensor):
         """
         mean, logvar = (p.expand(shape) for p in self.posterior)
         copies = GaussianTensor.of(mean, logvar, self.parameter, self.noise)
-        copies.posterior = self.posterior
+        copies._posterior = self._posterior
         return copies
 
     def through(
@@ -213,7 +220,7 @@ class GaussianTensor(torch.Tensor):
             key=key,
             axes=axes,
             noise=self.noise,
-            posterior=self.posterior,
+            posterior=self._posterior,
         )
 
     def signs(self, dim: int, count: int) -> Tensor | None:

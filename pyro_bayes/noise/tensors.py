@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,16 +47,32 @@ def gaussian_tensors(
     numbers: list[Tensor] = []
     for flat in posterior:
         drawn = _drawn(flat, kind, variances, number)
-        if named is None or torch.is_grad_enabled():
-            means = drawn.means or flat.layout.split(flat.mean)
-            pairs = list(zip(means, flat.layout.split(flat.logvar), strict=True))
-        else:
-            pairs = [named[name] for name in flat.layout.names]
-        for name, pair, value in zip(flat.layout.names, pairs, drawn.outputs, strict=True):
-            values[name] = GaussianTensor.of(*pair, name, noise, {moment: value})
+        views = _Views(flat) if named is None or torch.is_grad_enabled() else named.__getitem__
+        means = drawn.means or flat.layout.split(flat.mean.detach())
+        for name, mean, value in zip(flat.layout.names, means, drawn.outputs, strict=True):
+            values[name] = GaussianTensor(
+                mean, {moment: value}, parameter=name, key=name, noise=noise,
+                posterior=partial(views, name),
+            )  # fmt: skip
         if drawn.number is not None:
             numbers.append(drawn.number)
     return values, numbers
+
+
+class _Views:
+    """The means and log-variances by name, as functions of flat tensors, made when first needed."""
+
+    def __init__(self, flat: Flat) -> None:
+        self._flat = flat
+        self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, name: str) -> tuple[Tensor, Tensor]:
+        if not self._pairs:
+            layout, *flats = self._flat
+            with torch.enable_grad():
+                pairs = zip(*map(layout.split, flats), strict=True)
+                self._pairs.update(zip(layout.names, pairs, strict=True))
+        return self._pairs[name]
 
 
 def held_values(
