@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -47,8 +47,10 @@ def gaussian_tensors(
     numbers: list[Tensor] = []
     for flat in posterior:
         drawn = _drawn(flat, kind, variances, number)
-        views = _Views(flat) if named is None or torch.is_grad_enabled() else named.__getitem__
+        views: Callable[[str], tuple[Tensor, Tensor]] = _Views(flat)
         means = drawn.means or flat.layout.split(flat.mean.detach())
+        if named is not None and not torch.is_grad_enabled():
+            views, means = named.__getitem__, [named[name][0] for name in flat.layout.names]
         for name, mean, value in zip(flat.layout.names, means, drawn.outputs, strict=True):
             values[name] = GaussianTensor(
                 mean, {moment: value}, parameter=name, key=name, noise=noise,

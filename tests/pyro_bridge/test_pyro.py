@@ -1,5 +1,6 @@
 """The model and guide under Pyro's inference and handlers."""
 
+import gc
 import math
 
 import pyro
@@ -421,6 +422,7 @@ def test_prior_is_a_pyro_module_of_named_sites(net):
 
 
 def test_two_models_in_one_pyro_model(data):
+    gc.collect()  # models of other tests may hold their names
     x, y = data
     encoder = BayesianModel(nn.Linear(3, 4), name="encoder")
     decoder = BayesianModel(nn.Linear(4, 1), name="decoder")
