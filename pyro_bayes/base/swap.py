@@ -26,7 +26,6 @@ class Swap:
     Arguments:
         module: The module.
         names: The names of each parameter, aliases included, by its first name.
-        attributes: What else is given back: dictionaries, each with a key.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -38,14 +37,8 @@ class Swap:
         True
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        names: Mapping[str, Sequence[str]],
-        attributes: Sequence[tuple[dict[str, Any], str]] = (),
-    ) -> None:
+    def __init__(self, module: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
         self._module = module
-        self._others = attributes
         self._names = names
         self._layers: list[Mapping[str, Tensor]] = []
         self.prepare()
@@ -98,7 +91,6 @@ class Swap:
             or (isinstance(value, Tensor) and _is_computed(m, key, value))
             or (type(value) is list and any(id(_referent(item)) in known for item in value))
         ]
-        self._attributes += self._others
         self._places, self._originals, self._expected = places, originals, expected
 
     def _verify(self) -> None:

@@ -179,8 +179,7 @@ class PosteriorModule(PyroModule):
 
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced."""
-        names = {c.name: (c.name, *c.aliases) for c in self.choices}
-        self.swap = Swap(self._base, names, [(vars(self), "training")])
+        self.swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self.choices})
 
     def _tie(self) -> None:
         """Lets the base's included parameters share the memory of the means, if they are ours."""
@@ -241,16 +240,23 @@ class PosteriorModule(PyroModule):
                 stacklevel=4,
             )
 
-    def hold(self, values: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[nn.Module]:
-        """Returns a context that holds values in the place of the base's parameters.
+    @contextmanager
+    def hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Holds values in the place of the base's parameters while the context is open.
 
         Arguments:
             values: The values by the names of parameters.
 
-        Returns:
-            The context, of the base.
+        Yields:
+            The base.
         """
-        return self.swap(values)
+        training = self.training
+        try:
+            with self.swap(values) as base:
+                yield base
+        finally:
+            if self.training != training:  # Pyro's modules take long to set an attribute
+                self.training = training
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that one thread at a time can be in."""
