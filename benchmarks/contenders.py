@@ -85,18 +85,24 @@ def _observed(problem: Problem) -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, y
 
 
-def ours(problem: Problem, local_trick: Estimator, captured: bool = False) -> Running:
-    """Trains with `bnn.reparameterize`."""
+def ours(
+    problem: Problem, local_trick: Estimator, captured: bool = False, apart: bool = False
+) -> Running:
+    """Trains with `bnn.reparameterize_with_kl`, or with the two calls that it stands for."""
     bnn = BayesianModel(problem.build(), LOGVAR, prior_var=PRIOR_VAR)
     x, y = problem.examples(problem.batch)
 
     def loss() -> Tensor:
-        with bnn.reparameterize(local_trick=local_trick) as model:
+        if apart:
+            with bnn.reparameterize(local_trick=local_trick) as model:
+                nll = problem.loss.nll(model(x), y)
+            return nll + bnn.kl_divergence() / DATASET_SIZE
+        with bnn.reparameterize_with_kl(local_trick=local_trick) as (model, kl):
             nll = problem.loss.nll(model(x), y)
-        return nll + bnn.kl_divergence() / DATASET_SIZE
+        return nll + kl / DATASET_SIZE
 
     step = optimised(problem, bnn.parameters(), loss, captured)
-    return Running(step, {} if local_trick or captured else _predict(bnn))
+    return Running(step, {} if local_trick or captured or apart else _predict(bnn))
 
 
 def _predict(bnn: BayesianModel) -> dict[str, Predict]:
@@ -165,6 +171,9 @@ CONTENDERS = {
     PLAIN: Contender("plain net", plain),
     "plain-likelihood": Contender("plain net, likelihood of `ELBO`", plain_likelihood),
     "weights": Contender("pyro_bayes, draws of weights", ours, {"local_trick": False}),
+    "weights-apart": Contender(
+        "pyro_bayes, the same in two calls", ours, {"local_trick": False, "apart": True}
+    ),
     "local": Contender("pyro_bayes, local noise", ours, {"local_trick": True}),
     "flipout": Contender("pyro_bayes, flipout", ours, {"local_trick": "flipout"}),
     "elbo": Contender("pyro_bayes, `ELBO`, draws of weights", elbo, {"local_trick": False}),

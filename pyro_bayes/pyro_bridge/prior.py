@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributions.utils import lazy_property
 
 from pyro_bayes.base.checks import is_number
 from pyro_bayes.base.nested import plant
-from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.base.torch_private import is_batched, is_transformed
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.posterior.gaussian import divergence_terms
 from pyro_bayes.priors.variance import PriorVariances
@@ -31,14 +31,60 @@ class GaussianSite:
         variances: The variances of all parameters.
         name: The dotted name of the parameter.
         like: The name of a buffer of the site's module, which shows the dtype and device.
+        present: What tells the run of the prior that is under way.
     """
 
-    def __init__(self, shape: torch.Size, variances: PriorVariances, name: str, like: str) -> None:
+    def __init__(
+        self, shape: torch.Size, variances: PriorVariances, name: str, like: str, present: Present
+    ) -> None:
         self.shape, self.variances, self.name, self.like = shape, variances, name, like
+        self.present = present
 
     def __call__(self, module: nn.Module) -> dist.TorchDistribution:
         like: Any = module._buffers[self.like]  # get_buffer walks through Pyro's attributes
-        return Prior(self.shape, self.variances, self.name, like)
+        return Prior(self.shape, self.variances, self.name, like, self.present.run)
+
+
+class Present:
+    """The run of a prior that is under way, if any."""
+
+    run: Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Run:
+    """The values of all sites in one run of a prior, whose log-densities are computed at once.
+
+    Arguments:
+        variances: The variances of all parameters.
+    """
+
+    def __init__(self, variances: PriorVariances) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._variances = variances
+        self._log_probs: dict[bool, dict[str, Tensor]] = {}
+
+    def log_prob(self, name: str, like: Any) -> Tensor:
+        """Returns the log-density of one site's value, a draw under a fixed variance.
+
+        Arguments:
+            name: The name of the parameter.
+            like: The value, of whose dtype and device others may be.
+        """
+        grad = torch.is_grad_enabled()
+        if name not in self._log_probs.setdefault(grad, {}):
+            values = {n: v for n, v in self.values.items() if self._is_alike(n, v, like)}
+            variances = [float(self._variances.rules[n]) for n in values]  # type: ignore[arg-type]
+            log_probs = _LogPriors.apply(variances, *values.values())
+            self._log_probs[grad].update(zip(values, log_probs.unbind(), strict=True))
+        return self._log_probs[grad][name]
+
+    def _is_alike(self, name: str, value: Tensor, like: Tensor) -> bool:
+        fixed = isinstance(self._variances.rules[name], float)
+        same = value.dtype == like.dtype and value.device == like.device
+        return fixed and same and not isinstance(value, GaussianTensor)
 
 
 class Prior(dist.Independent):
@@ -54,15 +100,21 @@ class Prior(dist.Independent):
         variances: The variances of all parameters.
         name: The name of the parameter.
         like: A tensor of the dtype and device.
+        run: The run of the prior that the distribution is of, if any.
     """
 
     has_rsample = True
 
     def __init__(
-        self, shape: torch.Size, variances: PriorVariances, name: str, like: Tensor
+        self,
+        shape: torch.Size,
+        variances: PriorVariances,
+        name: str,
+        like: Tensor,
+        run: Run | None = None,
     ) -> None:
         # What the base classes' constructors would do, of which most steps need nothing.
-        self.variances, self.name, self._like = variances, name, like
+        self.variances, self.name, self._like, self._run = variances, name, like, run
         self._batch_shape, self._event_shape = torch.Size(), shape
         self.reinterpreted_batch_ndims = len(shape)
 
@@ -80,7 +132,7 @@ class Prior(dist.Independent):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Prior:
         new = type(self).__new__(type(self))
-        new.variances, new.name, new._like = self.variances, self.name, self._like
+        new.variances, new.name, new._like, new._run = self.variances, self.name, self._like, None
         new._variance = self._variance
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
@@ -99,25 +151,37 @@ class Prior(dist.Independent):
             constant = value.numel() * math.log(2 * math.pi * variance)
             half: Tensor = 0.5 * (value.square().sum() / variance + constant)
             return -half
-        log_prob: Tensor = _LogPrior.apply(variance, value)
-        return log_prob
+        if self._run is not None and value is self._run.values.get(self.name):
+            return self._run.log_prob(self.name, value)
+        log_probs: Tensor = _LogPriors.apply([variance], value)
+        return log_probs[0]
 
 
-class _LogPrior(torch.autograd.Function):
-    r"""The log-density of one draw under :math:`\mathcal{N}(0, \sigma_p^2 I)`."""
-
-    @staticmethod
-    def forward(ctx: Any, variance: float, value: Tensor) -> Tensor:
-        ctx.variance = variance
-        ctx.save_for_backward(value)
-        flat = value.reshape(-1)
-        constant = flat.numel() * math.log(2 * math.pi * variance)
-        return torch.dot(flat, flat).div_(variance).add_(constant).mul_(-0.5)
+class _LogPriors(torch.autograd.Function):
+    r"""The log-density of each of several draws under :math:`\mathcal{N}(0, \sigma_p^2 I)`."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[None, Tensor]:
-        (value,) = ctx.saved_tensors
-        return None, value * (grad / -ctx.variance)
+    def forward(ctx: Any, variances: Sequence[float], *values: Tensor) -> Tensor:
+        ctx.variances = variances
+        ctx.save_for_backward(*values)
+        flats = [value.reshape(-1) for value in values]
+        squares: list[Any] = [torch.dot(flat, flat) for flat in flats]
+        if values[0].is_cpu:  # other devices would have to be waited for
+            squares = [float(square) for square in squares]
+        log_probs = [
+            -0.5 * (square / variance + len(flat) * math.log(2 * math.pi * variance))
+            for square, variance, flat in zip(squares, variances, flats, strict=True)
+        ]
+        return values[0].new_tensor(log_probs) if values[0].is_cpu else torch.stack(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
+        values, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        by_number = grad.is_cpu and not (torch.is_grad_enabled() or is_batched([grad]))
+        parts = grad.tolist() if by_number else grad.unbind()
+        factors = [part / -variance for part, variance in zip(parts, ctx.variances, strict=True)]
+        triples = zip(values, factors, needed, strict=True)
+        return None, *[value * factor if need else None for value, factor, need in triples]
 
 
 @register_kl(Posterior, Prior)  # type: ignore[untyped-decorator]
@@ -157,12 +221,14 @@ class GaussianPrior(PyroModule):
         # it has bears a mangled name, and the buffers a name that no attribute has.
         if not isinstance(variance, PriorVariances):
             variance = PriorVariances(dict.fromkeys(parameters, variance))
-        self.__variances = variance
+        self.__variances, self.__present = variance, Present()
         sites, likes = {}, {}
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             like = f"{leaf}:like"
-            sites[name] = PyroSample(GaussianSite(parameter.shape, variance, name, like))
+            sites[name] = PyroSample(
+                GaussianSite(parameter.shape, variance, name, like, self.__present)
+            )
             likes[path, like] = parameter.detach().new_zeros(())
         plant(self, sites, node=PyroModule)
         for (path, like), zero in likes.items():
@@ -185,7 +251,12 @@ class GaussianPrior(PyroModule):
         Returns:
             The value of each site by the name of its parameter.
         """
-        return {name: getattr(module, leaf) for name, module, leaf in self.__sites}
+        run = self.__present.run = Run(self.__variances)
+        try:
+            run.values = {name: getattr(module, leaf) for name, module, leaf in self.__sites}
+        finally:
+            self.__present.run = None
+        return dict(run.values)
 
 
 @contextmanager
