@@ -77,7 +77,6 @@ class Layout:
         self.names = tuple(parameters)
         self.sizes = sizes
         self.size = sum(sizes)
-        self.is_plain = all(part.order is None for part in self.parts)
         self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
         self._chunks = tuple(_chunks(sizes))
 
@@ -121,15 +120,15 @@ class Layout:
             flat: The flat tensor, of shape `(size,)`, or several of shape `(*, size)`.
         """
         lead, dims = flat.shape[:-1], flat.dim() - 1
-        found = []
+        parts = []
         for part, piece in zip(self.parts, flat.split(self.sizes, -1), strict=True):
             if part.order is None:
-                found.append(piece.view((*lead, *part.shape)))
+                parts.append(piece.view((*lead, *part.shape)))
                 continue
             back = [part.order.index(d) + dims for d in range(len(part.shape))]
             turned = piece.view((*lead, *(part.shape[d] for d in part.order)))
-            found.append(turned.permute(*range(dims), *back))
-        return found
+            parts.append(turned.permute(*range(dims), *back))
+        return parts
 
     def flatten(self, tensors: Iterable[Tensor | None], like: Tensor | None = None) -> Tensor:
         """Returns parameters as a flat tensor, differentiable with respect to them.

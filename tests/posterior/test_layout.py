@@ -39,8 +39,6 @@ def test_parts_are_side_by_side(whole):
     assert whole.names == tuple(PARAMETERS)
     assert whole.size == sum(p.numel() for p in PARAMETERS.values())
     assert [part.offset for part in whole.parts] == [sum(whole.sizes[:i]) for i in range(12)]
-    assert not whole.is_plain
-    assert Layout({"w": torch.empty(2, 3)}).is_plain
 
 
 @pytest.mark.parametrize("start", [0, 3])
