@@ -118,9 +118,13 @@ def gradients(
         torch.exp(v, out=b).mul_(half * p).sub_(half)
         if of_output is not None:
             b.addcmul_(of_output, s, value=weight)
-        torch.mul(m, 2 * half * p, out=a)
-        if direct is not None:
-            a.add_(direct)
+        by = 2 * half * p
+        if direct is None:
+            torch.mul(m, by, out=a)
+        elif isinstance(by, Tensor):
+            torch.addcmul(direct, m, by, out=a)
+        else:
+            torch.add(direct, m, alpha=by, out=a)
     return of_mean, of_logvar
 
 
