@@ -38,7 +38,7 @@ class BayesianModel(PredictingModule):
 
     through :meth:`lift` and Pyro's SVI, or through :meth:`reparameterize` and a plain PyTorch
     loop. Both train the same parameters; give the optimiser `bnn.parameters()`. The base keeps its
-    class and structure; its included parameters share their storage with the means, so that `base`
+    class and structure; its included parameters share their memory with the means, so that `base`
     is the posterior-mean network whenever no context is open. Attributes that are not found here
     are looked up in the base.
 

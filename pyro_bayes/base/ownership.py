@@ -87,8 +87,8 @@ def is_owner(owner: Any, parameter: nn.Parameter) -> bool:
         owner: The owner.
         parameter: The parameter.
     """
-    found = _claims.get(id(parameter))
-    return found is not None and found.owner() is owner
+    present = _claims.get(id(parameter))
+    return present is not None and present.owner() is owner
 
 
 def is_former(owner: Any) -> bool:
@@ -106,6 +106,6 @@ def _release(claims: Sequence[Claim]) -> None:
 
 
 def _forget(key: int, reference: Any) -> None:
-    found = _claims.get(key)
-    if found is not None and found.parameter is reference:
+    present = _claims.get(key)
+    if present is not None and present.parameter is reference:
         del _claims[key]

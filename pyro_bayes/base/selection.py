@@ -130,7 +130,7 @@ def first_matches(
     """
     every = [name for aliases in names.values() for name in aliases]
     compiled = _compile_all(argument, patterns, every)
-    found = {}
+    first = {}
     for name, aliases in names.items():
         pattern = _first_match(compiled, aliases)
         if pattern is None:
@@ -138,9 +138,9 @@ def first_matches(
                 f"Expected {argument} to have a pattern for each included parameter; got none that"
                 f" matches {name!r}. The pattern '' matches all: put it last."
             )
-        found[name] = pattern
+        first[name] = pattern
     for pattern in patterns:
-        if pattern not in found.values():
+        if pattern not in first.values():
             shadowed = any(map(compiled[pattern].fullmatch, every))
             raise ValueError(
                 f"Expected every pattern of {argument} to be the first that matches some included"
@@ -151,7 +151,7 @@ def first_matches(
                     else f"which matches none. {_closest(pattern, every)}"
                 )
             )
-    return found
+    return first
 
 
 def _decide(

@@ -77,31 +77,31 @@ class Swap:
             original = originals[name] = container[leaf]
             expected += [(c, k, original) for c, k in places[name]]
             for owner, key, value in lists:
-                found = [(value, i) for i, item in enumerate(value) if item is original]
-                places[name] += found
-                expected += [(owner, key, value)] if found else []
+                entries = [(value, i) for i, item in enumerate(value) if item is original]
+                places[name] += entries
+                expected += [(owner, key, value)] if entries else []
         # What forward may leave behind: modes, computed weights, and the lists of parameters (or of
         # references to them) that a recurrent layer renews when it meets others than before.
-        known = {id(p) for p in originals.values()}
+        own = {id(p) for p in originals.values()}
         self._attributes = [
             (m.__dict__, key)
             for m in distinct
             for key, value in m.__dict__.items()
             if key == "training"
             or (isinstance(value, Tensor) and _is_computed(m, key, value))
-            or (type(value) is list and any(id(_referent(item)) in known for item in value))
+            or (type(value) is list and any(id(_referent(item)) in own for item in value))
         ]
         self._places, self._originals, self._expected = places, originals, expected
 
     def _verify(self) -> None:
         if all(c.get(k, _MISSING) is v for c, k, v in self._expected):
             return
-        known = self._originals
+        before = self._originals
         self.prepare()
-        changed = [name for name, p in known.items() if self._originals[name] is not p]
+        changed = [name for name, p in before.items() if self._originals[name] is not p]
         if changed:
-            self._originals = known
-            self._expected.append(({}, changed[0], known[changed[0]]))
+            self._originals = before
+            self._expected.append(({}, changed[0], before[changed[0]]))
             raise RuntimeError(
                 "Expected the base to keep the parameters it was wrapped with; got others at"
                 f" {changed}. Wrap the changed module in a new BayesianModel."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._utils import _flatten_dense_tensors as flatten_dense
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
@@ -24,6 +25,7 @@ from torch.utils._pytree import (
 
 __all__ = [
     "TorchDispatchMode",
+    "flatten_dense",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
     "is_batched",

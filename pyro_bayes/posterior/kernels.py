@@ -66,8 +66,8 @@ def gradients(
     """Does what :func:`passes.gradients` does; lines are as in :meth:`Layout.lines`."""
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
     (whole,) = layout.whole()
-    given = None if lines is None else layout.gather(lines, whole, mean)
-    direct = given if mean_lines is lines else None
+    outputs = None if lines is None else layout.gather(lines, whole, mean)
+    direct = outputs if mean_lines is lines else None
     if mean_lines is not None and mean_lines is not lines:
         direct = layout.gather(mean_lines, whole, mean)
     factor = of_number
@@ -75,10 +75,10 @@ def gradients(
         factor = layout.each(factor, whole)
     each = isinstance(precision, Tensor)
     _launch(
-        _gradients, mean, logvar, *[mean if t is None else t for t in (spread, given, direct)],
+        _gradients, mean, logvar, *[mean if t is None else t for t in (spread, outputs, direct)],
         mean if factor is None else factor.contiguous(), precision if each else mean,
         0.0 if each else precision, of_mean, of_logvar, mean.numel(), weight=weight,
-        given=given is not None and spread is not None, direct=direct is not None,
+        with_outputs=outputs is not None and spread is not None, direct=direct is not None,
         scored=factor is not None, by_element=factor is not None and factor.dim() > 0, each=each,
     )  # fmt: skip
     return of_mean, of_logvar
@@ -144,8 +144,8 @@ def _divergence(
 @triton.jit
 def _gradients(
     mean, logvar, spread, of_outputs, of_means, factors, precisions, precision, of_mean, of_logvar,
-    size, weight: tl.constexpr, given: tl.constexpr, direct: tl.constexpr, scored: tl.constexpr,
-    by_element: tl.constexpr, each: tl.constexpr, block: tl.constexpr,
+    size, weight: tl.constexpr, with_outputs: tl.constexpr, direct: tl.constexpr,
+    scored: tl.constexpr, by_element: tl.constexpr, each: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = i < size
@@ -153,7 +153,7 @@ def _gradients(
     b = tl.zeros([block], dtype=tl.float32)
     if direct:
         a = tl.load(of_means + i, mask=mask, other=0.0)
-    if given:
+    if with_outputs:
         g = tl.load(of_outputs + i, mask=mask, other=0.0)
         b = weight * g * tl.load(spread + i, mask=mask, other=0.0)
     if scored:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.torch_private import flatten_dense
+
 CHUNK = 2**16
 """The number of elements in a chunk on a CPU, of which a core's cache holds several at once."""
 
@@ -77,7 +79,6 @@ class Layout:
         self.names = tuple(parameters)
         self.sizes = sizes
         self.size = sum(sizes)
-        self.is_plain = all(part.order is None for part in self.parts)
         self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
         self._chunks = tuple(_chunks(sizes))
 
@@ -121,15 +122,15 @@ class Layout:
             flat: The flat tensor, of shape `(size,)`, or several of shape `(*, size)`.
         """
         lead, dims = flat.shape[:-1], flat.dim() - 1
-        found = []
+        parts = []
         for part, piece in zip(self.parts, flat.split(self.sizes, -1), strict=True):
             if part.order is None:
-                found.append(piece.view((*lead, *part.shape)))
+                parts.append(piece.view((*lead, *part.shape)))
                 continue
             back = [part.order.index(d) + dims for d in range(len(part.shape))]
             turned = piece.view((*lead, *(part.shape[d] for d in part.order)))
-            found.append(turned.permute(*range(dims), *back))
-        return found
+            parts.append(turned.permute(*range(dims), *back))
+        return parts
 
     def flatten(self, tensors: Iterable[Tensor | None], like: Tensor | None = None) -> Tensor:
         """Returns parameters as a flat tensor, differentiable with respect to them.
@@ -138,17 +139,20 @@ class Layout:
             tensors: Tensors of the parameters' shapes, in order, or `None` for zeros.
             like: A tensor of the dtype and device of the zeros, if there are any.
         """
-        lines = zip(self.parts, self.lines(tensors), strict=True)
-        return torch.cat([_zeros(part, like) if line is None else line for part, line in lines])
+        pairs = zip(self.parts, tensors, strict=True)
+        lines = [_zeros(p, like) if v is None else _turned(p, v).reshape(-1) for p, v in pairs]
+        return torch.cat(lines)
 
     def lines(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Returns each parameter as it lies in the flat tensor, in its own memory if possible.
+        """Returns parameters with their dimensions in the order in which they lie.
 
         Arguments:
             tensors: Tensors of the parameters' shapes, or `None`, in order.
         """
         pairs = zip(self.parts, tensors, strict=True)
-        return [None if tensor is None else _line(part, tensor) for part, tensor in pairs]
+        turned = [None if tensor is None else _turned(part, tensor) for part, tensor in pairs]
+        # What is cut into pieces is copied once, if at all.
+        return [v if v is None or v.numel() <= CHUNK else v.reshape(-1) for v in turned]
 
     def gather(self, lines: Sequence[Tensor | None], chunk: Chunk, like: Tensor) -> Tensor:
         """Returns the elements that a chunk has of several parameters.
@@ -164,9 +168,9 @@ class Layout:
             for part, line in zip(self.parts[i : i + count], lines[i : i + count], strict=True)
         ]
         if count > 1:
-            return torch.cat(own)
+            return flatten_dense(own)  # type: ignore[no-any-return]
         offset = self.parts[i].offset
-        return own[0][chunk.start - offset : chunk.stop - offset]
+        return own[0].reshape(-1)[chunk.start - offset : chunk.stop - offset]
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Returns one number for each parameter as one for each element, differentiable.
@@ -236,9 +240,9 @@ def _zeros(part: Part, like: Tensor | None) -> Tensor:
     return torch.zeros(part.size) if like is None else like.new_zeros(part.size)
 
 
-def _line(part: Part, tensor: Tensor) -> Tensor:
+def _turned(part: Part, tensor: Tensor) -> Tensor:
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return (tensor if part.order is None else tensor.permute(part.order)).reshape(-1)
+    return tensor if part.order is None else tensor.permute(part.order)
 
 
 def _arrangement(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

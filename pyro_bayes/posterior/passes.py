@@ -106,21 +106,25 @@ def gradients(
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
     tensors = mean, logvar, of_mean, of_logvar, mean if spread is None else spread, precision
     for chunk, m, v, a, b, s, p in layout.pieces(*tensors):
-        given = None if lines is None else layout.gather(lines, chunk, mean)
-        direct = given
+        of_output = None if lines is None else layout.gather(lines, chunk, mean)
+        direct = of_output
         if mean_lines is not lines:
             direct = None if mean_lines is None else layout.gather(mean_lines, chunk, mean)
         if of_number is None:
             a.zero_() if direct is None else a.copy_(direct)
-            b.zero_() if given is None else torch.mul(given, s, out=b).mul_(weight)
+            b.zero_() if of_output is None else torch.mul(of_output, s, out=b).mul_(weight)
             continue
         half = 0.5 * (_number(of_number) if of_number.dim() == 0 else layout.each(of_number, chunk))
         torch.exp(v, out=b).mul_(half * p).sub_(half)
-        if given is not None:
-            b.addcmul_(given, s, value=weight)
-        torch.mul(m, 2 * half * p, out=a)
-        if direct is not None:
-            a.add_(direct)
+        if of_output is not None:
+            b.addcmul_(of_output, s, value=weight)
+        by = 2 * half * p
+        if direct is None:
+            torch.mul(m, by, out=a)
+        elif isinstance(by, Tensor):
+            torch.addcmul(direct, m, by, out=a)
+        else:
+            torch.add(direct, m, alpha=by, out=a)
     return of_mean, of_logvar
 
 

@@ -206,24 +206,24 @@ class MeanField(AutoNormal):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
             return
         named = self._named_state()
-        given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        loaded = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if strict:
-            missing_keys += [prefix + key for key in named if key not in given]
-            unexpected_keys += [prefix + key for key in given if key not in named]
-        for key in named.keys() & given.keys():
-            if given[key].shape != named[key].shape:
+            missing_keys += [prefix + key for key in named if key not in loaded]
+            unexpected_keys += [prefix + key for key in loaded if key not in named]
+        for key in named.keys() & loaded.keys():
+            if loaded[key].shape != named[key].shape:
                 error_msgs.append(
                     f"size mismatch for {prefix}{key}: copying a param with shape"
-                    f" {given[key].shape} from checkpoint, the shape in current model is"
+                    f" {loaded[key].shape} from checkpoint, the shape in current model is"
                     f" {named[key].shape}."
                 )
-                del given[key]
+                del loaded[key]
         if local_metadata.get("assign_to_params_buffers", False):
-            self.memory.assign(given)
+            self.memory.assign(loaded)
             return
         with torch.no_grad():
-            for key in named.keys() & given.keys():
-                named[key].copy_(given[key])
+            for key in named.keys() & loaded.keys():
+                named[key].copy_(loaded[key])
 
     def _named_state(self) -> dict[str, Tensor]:
         trees = {"means": self.memory.means, "logvars": self.memory.logvars}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class PosteriorModule(PyroModule):
     r"""A base, its prior and its guide, as one module.
 
-    The base's included parameters share their storage with the means and do not train themselves.
+    The base's included parameters share their memory with the means and do not train themselves.
     The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A base
     has one model at a time: a later one takes it over, and the former keeps its posterior. A state
     dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
@@ -131,9 +131,9 @@ class PosteriorModule(PyroModule):
             for name in (c.name, *c.aliases)
         }
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            found = own.get(name, parameter)
-            if found is not None:
-                yield name, found
+            present = own.get(name, parameter)
+            if present is not None:
+                yield name, present
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})

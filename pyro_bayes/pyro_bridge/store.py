@@ -41,16 +41,16 @@ def claim(name: str, owner: object) -> str:
     Returns:
         The name itself if it is free, or else `name_1`, `name_2`, …
     """
-    found, number = name, 0
-    while _owners.get(found, lambda: None)() is not None:
+    claimed, number = name, 0
+    while _owners.get(claimed, lambda: None)() is not None:
         number += 1
-        found = f"{name}_{number}"
-    _owners[found] = weakref.ref(owner)
+        claimed = f"{name}_{number}"
+    _owners[claimed] = weakref.ref(owner)
     dead = [name for name, reference in _owners.items() if reference() is None]
     for name in dead:
         del _owners[name]
-    _remove([found, *dead])
-    return found
+    _remove([claimed, *dead])
+    return claimed
 
 
 def _remove(names: Sequence[str]) -> None:

@@ -100,6 +100,11 @@ def test_wrapper_subclass():
         assert (wrapper.shape, wrapper.stride(), wrapper.dtype) == ((3, 2), (1, 3), torch.double)
 
 
+def test_flatten_dense():
+    tensors = [torch.arange(6.0).view(2, 3).t(), torch.tensor(7.0), torch.empty(0)]
+    assert private.flatten_dense(tensors).tolist() == [0, 3, 1, 4, 2, 5, 7]
+
+
 def test_trees():
     tree = {"a": [torch.ones(1), 2], "b": (3,)}
     leaves, spec = private.tree_flatten(tree)
