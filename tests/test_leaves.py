@@ -767,3 +767,47 @@ def test_memory_is_shared_between_processes(bnn, net):
     assert all((p == -20).all() for p in (*bnn.parameters(), *named(bnn).values()))
     assert all((p == -20).all() for p in net.parameters())
     check_whole(there, there.base)
+
+
+# What came together stays together, and inference mode leaves nothing behind
+
+
+@pytest.mark.parametrize("leaves", ["flat", "named"])
+def test_a_model_is_pickled_with_its_optimizer(leaves):
+    bnn = make(leaves, nn.Linear(2, 1))
+    file = io.BytesIO()
+    torch.save((bnn, torch.optim.SGD(bnn.parameters(), 0.1)), file)
+    file.seek(0)
+    there, optimizer = torch.load(file, weights_only=False)
+    before = there.means.weight.clone()
+    there.kl_divergence().backward()
+    optimizer.step()
+    assert not torch.equal(there.means.weight, before)
+    assert torch.equal(there.base.weight, there.means.weight)
+
+
+@pytest.mark.parametrize("leaves", ["flat", "named"])
+def test_inference_mode_leaves_nothing_behind(leaves):
+    bnn = BayesianModel(nn.Linear(2, 1), prior_var={"weight": 0.1, "": 0.2}, leaves=leaves)
+    with torch.inference_mode():
+        bnn.kl_divergence()
+        bnn.load_state_dict(copy.deepcopy(bnn.state_dict()))
+        bnn.double()
+    (slope, *_) = torch.autograd.grad(bnn.kl_divergence(), [*bnn.parameters()], create_graph=True)
+    slope.square().sum().backward()
+
+
+def test_a_view_that_was_frozen_trains_with_all():
+    bnn = BayesianModel(nn.Linear(2, 1))
+    bnn.means.weight.requires_grad_(False)
+    bnn.requires_grad_(True)
+    bnn.kl_divergence().backward()
+    assert bnn.means.weight.grad is not None
+
+
+def test_a_mean_that_was_replaced_is_taken_over():
+    bnn = BayesianModel(nn.Linear(2, 1))
+    bnn.means.weight = nn.Parameter(torch.full((1, 2), 3.0))
+    bnn.double()
+    assert (bnn.base.weight == 3).all()
+    assert (bnn.means.weight == 3).all()

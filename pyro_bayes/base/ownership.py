@@ -33,7 +33,7 @@ class Claim:
         if _claims.get(self.key) is not self:
             return
         del _claims[self.key]
-        if parameter is not None and self.trained:
+        if parameter is not None and self.trained and not parameter.is_inference():
             with outside_transforms():  # an owner may die at any time
                 parameter.requires_grad_()
 

@@ -41,6 +41,11 @@ class Leaf(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Leaf:
+        self.frozen = frozenset()
+        super().requires_grad_(requires_grad)
+        return self
+
     def check_frozen(self, names: Sequence[str]) -> None:
         """Raises a `RuntimeError` if some parameters are frozen and others not.
 

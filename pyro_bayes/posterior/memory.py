@@ -199,7 +199,14 @@ class Memory:
 
     def refresh(self) -> None:
         """Makes all of one memory again, after leaves were converted, loaded or replaced."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._refresh()
+
+    def _refresh(self) -> None:
         if self.leaves == "flat":
+            for place in [place for places in self._places.values() for place in places.values()]:
+                if place.present is not place.own:  # somebody put another there for good
+                    place.own.data.copy_(place.present)
             self._build([[self._parameters[key].detach() for key in keys] for keys in self._keys])
             return
         self._trees = {kind: self._modules[f"{kind}s"] for kind in KINDS}
@@ -218,6 +225,10 @@ class Memory:
         Arguments:
             values: The values by name, behind `"means."` or `"logvars."`; others stay.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            self._assign(values)
+
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
         pairs = []
         for layout in self._layouts:
             pair = []
@@ -270,10 +281,10 @@ class Memory:
 
     def _flat_leaf(self, key: str, flat: Tensor) -> Leaf:
         leaf = self._parameters.get(key)
-        if isinstance(leaf, Leaf):
-            leaf.adopt(flat)
-        else:
-            leaf = self._parameters[key] = Leaf(flat, leaf is None or leaf.requires_grad)
+        if leaf is None:
+            leaf = self._parameters[key] = Leaf(flat)
+        leaf.__class__ = Leaf  # a pickle makes a plain parameter of it, which optimisers refer to
+        leaf.adopt(flat)
         return leaf
 
     def _own(self, kind: Kind, leaf: Leaf | None, flat: Tensor, index: int, layout: Layout) -> Leaf:
@@ -290,11 +301,12 @@ class Memory:
                 view.keep(former)
             return view
         tree = self._trees.get(kind)
-        own = None if tree is None else tree.get_parameter(part.name)
-        if isinstance(own, Leaf):
-            own.adopt(alias(flat, part))
-            return own
-        return Leaf(alias(flat, part), own is None or own.requires_grad)
+        if tree is None:
+            return Leaf(alias(flat, part))
+        own: Any = tree.get_parameter(part.name)
+        own.__class__ = Leaf  # as above
+        own.adopt(alias(flat, part))
+        return own  # type: ignore[no-any-return]
 
     def _is_intact(self) -> bool:
         """Tells whether flat leaves are all that counts, as they are in almost every step."""

@@ -153,7 +153,8 @@ class PriorVariances:
         layout, mean, _ = posterior
         key = (layout, mean.dtype, mean.device)
         if key not in self._precisions:
-            self._precisions[key] = self._precision(layout, mean)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept serves elsewhere too
+                self._precisions[key] = self._precision(layout, mean.detach())
         return self._precisions[key]
 
     def _precision(self, layout: Layout, mean: Tensor) -> Precision:

@@ -320,6 +320,7 @@ def _add_included(model: PosteriorModule, state: dict[str, Any], prefix: str, *_
     """Puts the means in the base's places again before a state dict is loaded."""
     model._check_closed()
     model._pull()
+    model._take_over()  # what is loaded must not reach another model's means
     for choice in model.choices:
         mean = state.get(f"{prefix}guide.means.{choice.name}")
         if mean is not None:

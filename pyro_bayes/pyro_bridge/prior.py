@@ -145,7 +145,8 @@ class Prior(dist.Independent):
                 divergence = value.noise.divergence(value.parameter, self.variances)
             return -divergence.expand(self.batch_shape)
         variance: Any = self._variance
-        if value.shape != self.event_shape or isinstance(variance, Tensor):
+        plain = not self._batch_shape and value.is_floating_point()
+        if not plain or value.shape != self.event_shape or isinstance(variance, Tensor):
             return super().log_prob(value)  # type: ignore[no-any-return]
         if is_transformed() or value.dtype.itemsize < 4:
             constant = value.numel() * math.log(2 * math.pi * variance)

@@ -72,3 +72,17 @@ def test_shallow_copies_share_everything_and_take_nothing():
         bnn.means.weight.fill_(7.0)
     assert torch.equal(bnn.base.weight, torch.full((1, 2), 7.0, dtype=torch.float64))
     assert not net.weight.requires_grad
+
+
+def test_a_state_that_is_loaded_reaches_no_other_model():
+    net, parent = nn.Linear(2, 1), nn.Module()
+    parent.first, parent.second = (BayesianModel(net, name=name) for name in ("first", "second"))
+    with torch.no_grad():
+        parent.first.means.weight.fill_(3.0)
+        parent.second.means.weight.fill_(7.0)
+    state = copy.deepcopy(parent.first.state_dict())
+    parent.first.load_state_dict(state)
+    assert (parent.second.means.weight == 7).all()
+    parent.load_state_dict(copy.deepcopy(parent.state_dict()))
+    assert (parent.first.means.weight == 3).all()
+    assert (parent.second.means.weight == 7).all()

@@ -559,3 +559,20 @@ def test_sites_follow_the_initial_prototype_without_running_the_base():
     assert not calls
     assert all(torch.equal(a, b) for a, b in zip(statistics, net.buffers(), strict=True))
     assert init_to_mean is bnn.guide.init_loc_fn
+
+
+def test_conditioned_sites_count_for_each_particle(bnn, data):
+    conditioned = poutine.condition(make_model(bnn), {"2.bias": torch.zeros(1)})
+    guide = poutine.block(bnn.guide, hide=["2.bias"])
+
+    def losses(vectorize):
+        elbo = Trace_ELBO(num_particles=200, vectorize_particles=vectorize, max_plate_nesting=1)
+        return elbo.loss(conditioned, guide, *data)
+
+    assert losses(True) == pytest.approx(losses(False), rel=0.1)
+
+
+def test_densities_of_whole_numbers_keep_their_digits():
+    prior = BayesianModel(nn.Linear(2, 1, bias=False)).prior
+    trace = poutine.trace(poutine.condition(prior, {"weight": torch.ones(1, 2).long()})).get_trace()
+    assert trace.log_prob_sum().item() == pytest.approx(-1 - math.log(2 * math.pi))
