@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
 
-STEPS = 100
+STEPS = 200
 KEPT = 160_000  # the bytes of one tensor of the weights, the least that a step may keep
 X, Y = torch.randn(2, 4, 200)
 ESTIMATORS = {"weights": False, "local noise": True, "flipout": "flipout"}

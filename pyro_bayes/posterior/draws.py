@@ -166,18 +166,10 @@ class _LogDensity(torch.autograd.Function):
     """The log-density of each draw, as a function of it and of the posterior."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        layout: Layout,
-        spread: Tensor,
-        values: Tensor,
-        mean: Tensor,
-        logvar: Tensor,
-        *draws: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, layout: Layout, spread: Tensor, value: Tensor, *others: Tensor) -> Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(spread, mean, logvar, *draws)
-        return values.view_as(values)
+        ctx.save_for_backward(spread, *others)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
