@@ -176,7 +176,11 @@ class BayesianModel(PredictingModule):
 
     @contextmanager
     def reparameterize(
-        self, local_trick: bool | Literal["flipout"] = False, *, batch_dim: int = 0
+        self,
+        local_trick: bool | Literal["flipout"] = False,
+        *,
+        batch_dim: int = 0,
+        check_examples: bool = True,
     ) -> Iterator[nn.Module]:
         r"""Reparameterizes the base from the posterior while the context is open.
 
@@ -198,6 +202,14 @@ class BayesianModel(PredictingModule):
           convolutions and sequences too. Examples share the perturbation's size, so the variance of
           gradients is between the two others'.
 
+        The latter two take the examples of a batch to be independent. The first call of the base
+        sees to that: it calls the base a few more times with other noise for some examples, and
+        raises an error if the outputs of others change, as they do in graph layers, attention over
+        the batch, pooling of sets, and batch norm in training mode. Operators whose input is the
+        same for all examples, as position embeddings or weights computed of others, and
+        parameters that some operator needs as one draw, are one draw everywhere. What a flow
+        computes after the call, :class:`pyro_bayes.ELBO` sees.
+
         The latter two cost a second product per operator. They reach linear and bilinear maps,
         products with matrices, convolutions, embeddings, attention, the affine part of
         normalisations, sums and products; :meth:`summary` tells what they reached. Any other
@@ -217,12 +229,14 @@ class BayesianModel(PredictingModule):
             batch_dim: The dimension of inputs that counts examples where the layout does not say:
                 1 for networks that have time first. Noise and signs belong to the position of an
                 example in the batch. It does not matter to draws of weights.
+            check_examples: Whether to see, once for each estimator and mode, that examples do not
+                meet. It takes about the time of one forward and backward pass.
 
         Yields:
             The reparameterized base.
 
         Raises:
-            ValueError: If `local_trick` or `batch_dim` is none of the above.
+            ValueError: If an argument is none of the above, or examples meet.
             RuntimeError: If the base has lost or replaced one of its parameters.
 
         References:
@@ -239,15 +253,19 @@ class BayesianModel(PredictingModule):
             ...     bool((model(x) == model(x)).all())
             True
         """
-        noise = context_noise(local_trick, batch_dim)
+        noise = context_noise(local_trick, batch_dim, check_examples)
         with self.lock():
             values, _ = self._values(noise)
-            with self.hold(values) as base:
+            with self.hold(values, noise) as base:
                 yield base
 
     @contextmanager
     def reparameterize_with_kl(
-        self, local_trick: bool | Literal["flipout"] = False, *, batch_dim: int = 0
+        self,
+        local_trick: bool | Literal["flipout"] = False,
+        *,
+        batch_dim: int = 0,
+        check_examples: bool = True,
     ) -> Iterator[tuple[nn.Module, Tensor]]:
         """Reparameterizes the base, and computes the KL divergence in the same pass.
 
@@ -256,6 +274,7 @@ class BayesianModel(PredictingModule):
         Arguments:
             local_trick: The estimator, as in :meth:`reparameterize`.
             batch_dim: The dimension of inputs that counts examples, likewise.
+            check_examples: Whether to see that examples do not meet, likewise.
 
         Yields:
             The reparameterized base, and the divergence from the model's prior in nats.
@@ -270,10 +289,10 @@ class BayesianModel(PredictingModule):
             ...     nll = nn.functional.mse_loss(model(x), y[:, :1])
             >>> loss = nll + kl / dataset_size
         """
-        noise = context_noise(local_trick, batch_dim)
+        noise = context_noise(local_trick, batch_dim, check_examples)
         with self.lock():
             values, numbers = self._values(noise, self._guide.variances)
-            with self.hold(values) as base:
+            with self.hold(values, noise) as base:
                 yield base, total(numbers)
 
     def kl_divergence(self, prior_var: PriorVar | None = None) -> Tensor:

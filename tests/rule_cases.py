@@ -235,7 +235,6 @@ for _name, (_function, _weight, _shape) in PRODUCTS.items():
         lambda f=_function, w=_weight: Weighted(f, w),
         _shape,
         vmap=_name[:2] not in ("mm", "bm"),
-        own_batch=_name[:3] == "bmm",
         variant=True,
     )
 for _name, _addmm in {"addmm": torch.addmm, "addmm, method": torch.Tensor.addmm}.items():
@@ -254,7 +253,6 @@ for _name, _baddbmm in {
         ),
         (2, 3, 4),
         vmap=False,
-        own_batch=True,
         variant=True,
     )
 
@@ -375,7 +373,7 @@ ARRANGEMENTS = {
 }
 LOST = {
     "unflatten, split": lambda w: w.unflatten(0, (2, 2)),
-    "index, by two tensors": lambda w: w[torch.tensor([[3, 1]]), torch.tensor([[1, 0], [1, 2]])],
+    "index, by two tensors": lambda w: w[torch.tensor([[3, 1]]), torch.tensor([[1, 0], [2, 2]])],
 }
 for _lost, _table in enumerate((ARRANGEMENTS, LOST)):
     for _name, _f in _table.items():

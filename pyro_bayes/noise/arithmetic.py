@@ -15,7 +15,8 @@ from pyro_bayes.noise.local import LinearOperator
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply)
 def _mul(input: Any, other: Any) -> Any:
     gaussian, factor = (input, other) if isinstance(input, GaussianTensor) else (other, input)
-    if not _is_constant(factor):
+    gaussian = _unexpanded(gaussian, factor)
+    if gaussian is None or not _is_constant(factor):
         return NotImplemented
     if _keeps_shape(gaussian, factor):
         return NotImplemented if _may_depend(factor, gaussian) else gaussian.times(factor)
@@ -30,7 +31,8 @@ def _mul(input: Any, other: Any) -> Any:
 def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     other = other if alpha == 1 else other * alpha
     gaussian, term = (input, other) if isinstance(input, GaussianTensor) else (other, input)
-    if not _is_constant(term):
+    gaussian = _unexpanded(gaussian, term)
+    if gaussian is None or not _is_constant(term):
         return NotImplemented
     if _keeps_shape(gaussian, term):
         return NotImplemented if _may_depend(term, gaussian) else gaussian.plus(term)
@@ -52,7 +54,7 @@ def _rsub(input: Any, other: Any) -> Any:
 
 @rule(torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__)
 def _neg(input: Any) -> Any:
-    return input.times(-1)
+    return _mul(input, -1)
 
 
 @rule(torch.div, torch.divide, Tensor.div, Tensor.divide)
@@ -60,6 +62,17 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None or isinstance(other, GaussianTensor):
         return NotImplemented
     return _mul(input, 1 / other)
+
+
+def _unexpanded(gaussian: GaussianTensor, other: Any) -> GaussianTensor | None:
+    """Returns what was expanded, if the other operand expands it likewise."""
+    if gaussian.original is None:
+        return gaussian
+    if not isinstance(other, Tensor) or isinstance(other, GaussianTensor):
+        return None
+    shape = torch.broadcast_shapes(other.shape, mean_of(gaussian).shape)
+    same = torch.broadcast_shapes(other.shape, mean_of(gaussian.original).shape) == shape
+    return gaussian.original if same else None
 
 
 def _is_constant(value: Any) -> bool:

@@ -1,8 +1,12 @@
-"""Rules of operators that only arrange elements: views, slices, transposes."""
+"""Rules of operators that only arrange elements: views, slices, transposes.
+
+What repeats elements leaves them dependent: it gets one draw, but for expansions, which rules that
+broadcast take for what was expanded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import add
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.base.torch_private import tree_map
+from pyro_bayes.base.torch_private import tree_leaves, tree_map
 from pyro_bayes.noise.gaussian_tensor import RULES, Axis, GaussianTensor, mean_of
 
 _CONVERSIONS: tuple[Callable[..., Any], ...] = (
@@ -29,13 +33,17 @@ _ARRANGEMENTS: tuple[Callable[..., Any], ...] = (
     *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
 )
 
+_EXPANSIONS = Tensor.expand, Tensor.expand_as
+
 
 def _arranged(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     value, *rest = args or (kwargs.pop("input", None),)
-    if not isinstance(value, GaussianTensor):
+    if not isinstance(value, GaussianTensor) or value.original is not None:
         return NotImplemented
     args, kwargs = tuple(map(mean_of, rest)), {k: mean_of(v) for k, v in kwargs.items()}
     indexed = operator in (Tensor.__getitem__, torch.index_select, Tensor.index_select)
+    if indexed and _may_repeat(operator, value, args, kwargs):
+        return NotImplemented
     token = partial(value.noise.token, value.key) if indexed else _shape
     described = (f"({k}={tree_map(token, v)})" for k, v in (*enumerate(args), *kwargs.items()))
     key = operator.__name__ + "".join(described)
@@ -50,12 +58,35 @@ def _arranged(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if operator in _CONVERSIONS:
         return value.through(apply, value.key, value.axes)
     if isinstance(mean, Tensor):
-        return _moved(value, apply, f"{value.key}.{key}")
+        moved = _moved(value, apply, f"{value.key}.{key}")
+        if operator in _EXPANSIONS:
+            shape = (1,) * (mean.dim() - value.dim()) + tuple(value.shape)
+            original: Any = value.view(shape)
+            moved.original = original
+        return moved
     return tuple(part(index) for index in range(len(mean)))
 
 
 for _operator in (*_CONVERSIONS, *_ARRANGEMENTS):
     RULES[_operator] = partial(_arranged, _operator)
+
+
+def _may_repeat(
+    operator: Callable[..., Any], value: GaussianTensor, args: Sequence[Any], kwargs: Any
+) -> bool:
+    """Tells whether an index may take elements twice."""
+    indices = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    lists = [v for v in (args[0] if args and type(args[0]) is tuple else args) if type(v) is list]
+    if not lists and all(v.dtype == torch.bool for v in indices):  # slices and masks
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    places = torch.arange(value.numel(), device=value.device).view(value.shape)
+    try:
+        taken = operator(places, *args, **kwargs)
+        return bool(taken.numel() > taken.unique().numel())
+    except RuntimeError:  # torch.vmap has several indices, whose values it does not show
+        return True
 
 
 def _moved(value: GaussianTensor, operator: Callable[[Tensor], Tensor], key: str) -> GaussianTensor:

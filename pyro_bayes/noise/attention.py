@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import spread
-from pyro_bayes.noise.gaussian_tensor import drawn, rule
+from pyro_bayes.noise.estimator import handed, spread
+from pyro_bayes.noise.gaussian_tensor import rule
 from pyro_bayes.noise.linear import linear
 
 
@@ -75,11 +75,19 @@ def _attention(
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.view(count, num_heads, *attn_mask.shape[1:])
     if bias_k is not None:
-        k = torch.cat([k, spread("attention", bias_k, k.new_zeros(1, *k.shape[1:]), 1)])
-        v = torch.cat([v, spread("attention", bias_v, v.new_zeros(1, *v.shape[1:]), 1)])
+        k = torch.cat([k, spread("attention", bias_k, k.new_zeros(1, *k.shape[1:]), 1, [k])])
+        v = torch.cat([v, spread("attention", bias_v, v.new_zeros(1, *v.shape[1:]), 1, [v])])
     q, k, v = (x.view(len(x), count, num_heads, -1).permute(1, 2, 0, 3) for x in (q, k, v))
-    k = k if static_k is None else drawn(static_k).view(count, num_heads, *static_k.shape[1:])
-    v = v if static_v is None else drawn(static_v).view(count, num_heads, *static_v.shape[1:])
+    k = (
+        k
+        if static_k is None
+        else handed("attention", static_k).view(count, num_heads, *static_k.shape[1:])
+    )
+    v = (
+        v
+        if static_v is None
+        else handed("attention", static_v).view(count, num_heads, *static_v.shape[1:])
+    )
     if add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], dim=2) for x in (k, v))
     added = k.shape[2] - (0 if attn_mask is None else attn_mask.shape[-1])

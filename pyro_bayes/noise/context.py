@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import product
 from typing import Any, Literal, TypeAlias
@@ -35,11 +35,29 @@ class ContextNoise:
         estimator: What is random: the weights, each operator's outputs, or the weights of each
             example.
         batch_dim: The dimension of an operator's input that counts examples.
+        check_examples: Whether to see that examples do not meet.
+        seed: The seed of its random numbers; by default, they are torch's global ones.
+
+    Attributes:
+        batch_size: How many examples a batch has, `None` until a batch or an operator says so.
+        shared: The operators, with their parameters, whose input is the same for all examples.
     """
 
-    def __init__(self, estimator: Estimator, batch_dim: int = 0) -> None:
+    def __init__(
+        self,
+        estimator: Estimator,
+        batch_dim: int = 0,
+        check_examples: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> None:
         self.estimator: Estimator = estimator
         self.batch_dim = batch_dim
+        self.check_examples = check_examples
+        self.batch_size: int | None = None
+        self.shared: Set[tuple[str, ...]] = frozenset()
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
         self.pinned: set[str] = set()
         """Names of parameters whose one draw stands for them from now on."""
         self.handed: set[str] = set()
@@ -55,7 +73,49 @@ class ContextNoise:
 
     def fresh(self) -> ContextNoise:
         """Returns noise of the same kind for a context of its own."""
-        return ContextNoise(self.estimator, self.batch_dim)
+        return ContextNoise(self.estimator, self.batch_dim, self.check_examples)
+
+    def rows_of_example(self, count: int) -> int | None:
+        """Returns how many of an operator's rows each example has.
+
+        Arguments:
+            count: The number of rows.
+
+        Returns:
+            Their number, `None` if they are not the examples'. A network may fold positions into
+            the dimension of examples; or the rows may be something else, as learned queries.
+        """
+        if self.batch_size is None:
+            self.batch_size = count
+        return None if count % max(self.batch_size, 1) else count // max(self.batch_size, 1)
+
+    def signed_rows(self, like: Tensor, example: int | None) -> int | None:
+        """Returns how many rows of an operator's output have the signs of their examples.
+
+        Arguments:
+            like: The output.
+            example: Its dimension that counts examples, if there is one.
+
+        Returns:
+            The number, `None` if it is not known whose they are. One draw serves for all then.
+        """
+        if example is None:
+            return 1 if self.batch_size == 1 else None
+        count = like.shape[example]
+        return None if self.rows_of_example(count) is None else count
+
+    def met(
+        self, source: tuple[str, ...], parameters: Sequence[str], inputs: Sequence[Tensor]
+    ) -> None:
+        """Is told of each operator that meets Gaussian tensors, where somebody watches.
+
+        Arguments:
+            source: The operator and its Gaussian tensors.
+            parameters: The names of their parameters.
+            inputs: What else it meets.
+        """
+
+    watched = False
 
     def normal(self, source: tuple[str, ...], like: Tensor, example: int | None = 0) -> Tensor:
         """Returns standard normal noise for an operator's output.
@@ -67,21 +127,28 @@ class ContextNoise:
         """
         shape = (like.movedim(example, 0) if example else like).shape
         last = len(shape) - 1 if len(shape) > 1 or example is None else 1
-        rows = self._rows(source, math.prod(shape[:last]), shape[last:], like, torch.randn)
+        rows = self._rows(source, math.prod(shape[:last]), shape[last:], like, self._randn)
         noise = rows if len(shape) == 2 else rows.view(shape)
         return noise.movedim(0, example) if example else noise
 
     def signs(self, source: tuple[str, ...], count: int, size: int, like: Tensor) -> Tensor:
-        """Returns one vector of random signs per example, of shape `(count, size)`.
+        """Returns the vector of random signs that each row's example has.
 
         Arguments:
             source: What the signs belong to: a parameter and one of its dimensions.
-            count: The number of examples.
+            count: The number of rows, see :meth:`rows_of_example`.
             size: The length of a vector.
             like: A tensor of the wanted dtype and device.
+
+        Returns:
+            Signs of shape `(count, size)`.
         """
         source = self._sharing.setdefault(source, source)
-        return self._rows(("signs", *source), count, (size,), like, _random_signs)
+        each = self.rows_of_example(count) or 1
+        signs = self._rows(("signs", *source), count // each, (size,), like, self._random_signs)
+        if each == 1:
+            return signs
+        return signs.repeat_interleave(each, 0) if self.batch_dim == 0 else signs.repeat(each, 1)
 
     def share(self, source: tuple[str, ...], other: tuple[str, ...]) -> bool:
         """Lets a source have the signs of another, unless it has signs already.
@@ -106,7 +173,7 @@ class ContextNoise:
         key = (name, like.shape, like.dtype, like.device)
         if key not in self._kept:
             with self.outside():
-                self._kept[key] = torch.randn(like.shape, dtype=like.dtype, device=like.device)
+                self._kept[key] = self._randn(like.shape, dtype=like.dtype, device=like.device)
         return self._kept[key]
 
     def note(self, name: str, use: str) -> None:
@@ -123,7 +190,7 @@ class ContextNoise:
         """
         if not isinstance(value, Tensor):
             return value
-        if self._is_transformed():
+        if self.is_transformed():
             return 0
         number = self._number(key, value)
         if number is not None:
@@ -134,7 +201,7 @@ class ContextNoise:
 
     def has_met(self, key: str, value: Tensor) -> bool:
         """Tells whether a key met an equal tensor before, see :meth:`token`."""
-        return not self._is_transformed() and self._number(key, value) is not None
+        return not self.is_transformed() and self._number(key, value) is not None
 
     def _number(self, key: str, value: Tensor) -> int | None:
         seen = self._seen.get((key, value.shape, value.dtype, value.device), ())
@@ -143,7 +210,8 @@ class ContextNoise:
                 return number
         return None
 
-    def _is_transformed(self) -> bool:
+    def is_transformed(self) -> bool:
+        """Tells whether a compiler or a transform entered within the context is at work."""
         return torch.compiler.is_compiling() or transform_level() > self._level
 
     def outside(self) -> AbstractContextManager[None]:
@@ -175,6 +243,29 @@ class ContextNoise:
             return rows
         return rows if kept == count else rows[:count]
 
+    def _randn(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        generator = self._generator(device)
+        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+
+    def _random_signs(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        count, generator = math.prod(shape), self._generator(device)
+        if device.type != "cpu" or count < 1024:
+            bits = torch.randint(2, tuple(shape), generator=generator, dtype=dtype, device=device)
+            return torch.rsub(bits, 1, alpha=2)
+        # A CPU draws number after number: one random byte serves for eight signs.
+        random_bytes = torch.randint(
+            256, (math.ceil(count / 8),), generator=generator, device=device
+        )
+        signs = _SIGNS_OF_BYTES.index_select(0, random_bytes)
+        return signs.view(-1)[:count].view(*shape).to(dtype)
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if self._seed is None:
+            return None
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
 
 class ParticleNoise(ContextNoise):
     """The noise of one particle among those that :func:`torch.vmap` evaluates together.
@@ -186,9 +277,10 @@ class ParticleNoise(ContextNoise):
     """
 
     def __init__(self, noise: ContextNoise, size: int, index: Tensor) -> None:
-        super().__init__(noise.estimator, noise.batch_dim)
+        super().__init__(noise.estimator, noise.batch_dim, noise.check_examples)
         self._all, self._size, self._index = noise, size, index
-        self._sharing = noise._sharing
+        self._sharing, self.shared = noise._sharing, noise.shared
+        self.batch_size, self.pinned = noise.batch_size, set(noise.pinned)
 
     def of_parameter(self, name: str, like: Tensor) -> Tensor:
         shape = (self._size, *like.shape)
@@ -212,12 +304,14 @@ class ParticleNoise(ContextNoise):
         return noise.index_select(dim, index).squeeze(dim)
 
 
-def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
+def context_noise(
+    local_trick: bool | str, batch_dim: int, check_examples: bool = True
+) -> ContextNoise:
     """Returns the noise of a context for the arguments that a user gave.
 
     Raises:
-        ValueError: If `local_trick` is neither `True`, `False` nor `"flipout"`, or `batch_dim` is
-            negative.
+        ValueError: If `local_trick` is neither `True`, `False` nor `"flipout"`, `batch_dim` is
+            negative, or `check_examples` is neither `True` nor `False`.
     """
     if not isinstance(local_trick, bool) and local_trick != "flipout":
         raise ValueError(
@@ -227,9 +321,11 @@ def context_noise(local_trick: bool | str, batch_dim: int) -> ContextNoise:
         raise ValueError(
             f"Expected batch_dim to be 0 or, for inputs that have time first, 1; got {batch_dim!r}."
         )
+    if not isinstance(check_examples, bool):
+        raise ValueError(f"Expected check_examples to be True or False; got {check_examples!r}.")
     if local_trick == "flipout":
-        return ContextNoise("flipout", batch_dim)
-    return ContextNoise("local" if local_trick else "weights", batch_dim)
+        return ContextNoise("flipout", batch_dim, check_examples)
+    return ContextNoise("local" if local_trick else "weights", batch_dim, check_examples)
 
 
 @contextmanager
@@ -242,16 +338,6 @@ def _left(levels: int, inference: bool, hooked: bool) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(outside_transforms(levels))
         yield
-
-
-def _random_signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    count = math.prod(shape)
-    if device.type != "cpu" or count < 1024:
-        return torch.rsub(torch.randint(2, tuple(shape), dtype=dtype, device=device), 1, alpha=2)
-    # A CPU draws number after number: one random byte serves for eight signs.
-    random_bytes = torch.randint(256, (math.ceil(count / 8),), device=device)
-    signs = _SIGNS_OF_BYTES.index_select(0, random_bytes)
-    return signs.view(-1)[:count].view(*shape).to(dtype)
 
 
 def _identity(value: Tensor) -> Tensor:

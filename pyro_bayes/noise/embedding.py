@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import as_usable, example_dim, noisy
+from pyro_bayes.noise.estimator import as_usable, example_dim, handed, noisy
 from pyro_bayes.noise.gaussian_tensor import (
     GaussianTensor,
-    drawn,
     mean_of,
     perturbation_of,
     rule,
@@ -36,9 +35,10 @@ def _embedding(
     mean = F.embedding(input, mean_of(weight), *options)
     example = example_dim((weight,), input.dim())
 
-    def perturbation() -> Tensor:
+    def perturbation(count: int | None) -> Tensor:
         product = F.embedding(input, perturbation_of(weight), *options)
-        count = 1 if example is None else input.shape[example]
+        if count is None:
+            return product
         each = input.numel() // max(count, 1)
         indices = (input if example is None else input.movedim(example, 0)).reshape(count, each)
         rows, columns = weight.signs(0, count), weight.signs(1, count)
@@ -55,6 +55,7 @@ def _embedding(
         "embedding",
         mean,
         [weight],
+        inputs=[input],
         variance=lambda: F.embedding(input, variance_of(weight), *options),
         perturbation=perturbation,
         example=example,
@@ -78,7 +79,7 @@ def _embedding_bag(
     weight = as_usable("embedding_bag", weight)
     if max_norm is not None or mode == "max" or not isinstance(weight, GaussianTensor):
         return NotImplemented
-    per_sample_weights = drawn(per_sample_weights)
+    per_sample_weights = handed("embedding_bag", per_sample_weights)
     if offsets is None:
         bags = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
         offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
@@ -105,7 +106,9 @@ def _embedding_bag(
         together = share.new_zeros(len(pairs)).index_add(0, where, share)[where]
         return total(variance_of(weight), share * together)
 
-    def perturbation() -> Tensor:
+    def perturbation(count: int | None) -> Tensor:
+        if count is None:
+            return total(perturbation_of(weight), share)
         rows, columns = weight.signs(0, count), weight.signs(1, count)
         signed = total(
             perturbation_of(weight), share if rows is None else share * rows[bags, indices]
@@ -116,6 +119,7 @@ def _embedding_bag(
         "embedding_bag",
         total(first, share),
         [weight],
+        inputs=[indices, share],
         variance=variance,
         perturbation=perturbation,
         example=0,

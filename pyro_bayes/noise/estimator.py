@@ -61,19 +61,27 @@ def draw_linear(
           (Wen et al., 2018)
         | https://arxiv.org/abs/1803.04386
     """
-    inputs = [drawn(x) for x in inputs]
+    inputs = [handed(operator.name, x) for x in inputs]
     if any([x.layout is not torch.strided for x in inputs]):
         return NotImplemented
     weight, bias = as_usable(operator.name, weight), as_usable(operator.name, bias)
     sources = gaussians_in((weight, bias))
     if not sources:
         return operator.apply(*inputs, weight, bias)
-    _note(sources)
     noise, means = sources[0].noise, (mean_of(weight), mean_of(bias))
-    if noise.estimator == "flipout":
-        mean = operator.apply(*inputs, *means)
-        return perturbed(operator, inputs, weight, bias, mean, example).to(mean.dtype)
     source = (operator.name, *[s.key for s in sources])
+    if noise.watched:
+        noise.met(source, [s.parameter for s in sources], inputs)
+    if source in noise.shared:
+        return operator.apply(*inputs, *[handed(operator.name, v) for v in (weight, bias)])
+    if noise.estimator == "flipout":
+        count = noise.signed_rows(inputs[0], example)
+        if count is None:
+            return operator.apply(*inputs, *[handed(operator.name, v) for v in (weight, bias)])
+        _note(sources)
+        mean = operator.apply(*inputs, *means)
+        return perturbed(operator, inputs, weight, bias, mean, example, count).to(mean.dtype)
+    _note(sources)
     if operator.gradients is not None and sources[0] is weight and _is_plain(inputs[0], means[0]):
         variances = variance_of(weight), variance_of(bias) if len(sources) == 2 else None
         return LocalNoise.apply(operator, noise, source, example, inputs[0], *means, *variances)
@@ -106,8 +114,9 @@ def noisy(
     mean: Tensor,
     sources: Sequence[GaussianTensor],
     *,
+    inputs: Sequence[Tensor],
     variance: Callable[[], Tensor],
-    perturbation: Callable[[], Tensor],
+    perturbation: Callable[[int | None], Tensor],
     example: int | None,
 ) -> Tensor:
     r"""Draws an operator's output as the context's estimator has it.
@@ -118,15 +127,26 @@ def noisy(
         operator: The name of the operator.
         mean: The mean :math:`m` of the output.
         sources: The Gaussian tensors that the output depends on.
+        inputs: What else it depends on.
         variance: Returns the variance :math:`v` of the output, of the same shape.
-        perturbation: Returns each example's deviation :math:`\Delta` from the mean under its signs.
+        perturbation: Returns each row's deviation :math:`\Delta` from the mean under the signs of
+            its example, for a number of rows, or without signs for `None`.
         example: The dimension of the output that counts examples, if there is one.
     """
-    _note(sources)
     noise = sources[0].noise
-    if noise.estimator == "flipout":
-        return mean + perturbation().to(mean.dtype)
     source = (operator, *[s.key for s in sources])
+    if noise.watched:
+        noise.met(source, [s.parameter for s in sources], inputs)
+    shared = source in noise.shared
+    if shared or noise.estimator == "flipout":
+        count = None if shared else noise.signed_rows(mean, example)
+        if count is None:
+            for each in sources:
+                handed(operator, each)
+        else:
+            _note(sources)
+        return mean + perturbation(count).to(mean.dtype)
+    _note(sources)
     return _with_noise(mean, variance(), noise.normal(source, mean, example))
 
 
@@ -147,16 +167,32 @@ def _note(sources: Sequence[GaussianTensor]) -> None:
 
 
 def as_usable(operator: str, value: Any) -> Any:
-    """Returns a tensor that the estimator can use: its one draw if flipout lost its signs."""
+    """Returns a tensor that the estimator can use: its one draw if there is no other way.
+
+    That is so for copies of one number, which are not independent, and where flipout lost its
+    signs.
+    """
     if not isinstance(value, GaussianTensor):
         return value
-    if value.noise.estimator == "flipout" and value.axes is None:
-        value.noise.note(value.parameter, f"one draw ({operator})")
-        return drawn(value)
-    return value
+    lost = value.noise.estimator == "flipout" and value.axes is None
+    return handed(operator, value) if lost or value.original is not None else value
 
 
-def spread(operator: str, value: Any, term: Tensor, example: int | None) -> Tensor:
+def handed(operator: str, value: Any) -> Any:
+    """Returns the one draw of a Gaussian tensor for an operator, and anything else as it is.
+
+    What the operator returns is made of the draw from now on.
+    """
+    if not isinstance(value, GaussianTensor):
+        return value
+    value.noise.note(value.parameter, f"one draw ({operator})")
+    value.noise.handed.add(value.parameter)
+    return drawn(value)
+
+
+def spread(
+    operator: str, value: Any, term: Tensor, example: int | None, inputs: Sequence[Tensor] = ()
+) -> Tensor:
     """Draws the sum of a tensor of the output's shape and one that is broadcast to it.
 
     Arguments:
@@ -164,6 +200,7 @@ def spread(operator: str, value: Any, term: Tensor, example: int | None) -> Tens
         value: What is broadcast, a Gaussian tensor or not.
         term: The tensor of the output's shape.
         example: The dimension of the output that counts examples, if there is one.
+        inputs: What the examples are known by, the term by default.
     """
     value = as_usable(operator, value)
     mean: Tensor = term + mean_of(value)
@@ -173,8 +210,9 @@ def spread(operator: str, value: Any, term: Tensor, example: int | None) -> Tens
         operator,
         mean,
         [value],
+        inputs=inputs or [term],
         variance=lambda: variance_of(value).expand_as(mean),
-        perturbation=lambda: elementwise_perturbation(value, mean, example),
+        perturbation=lambda count: elementwise_perturbation(value, mean, example, count),
         example=example,
     )
 

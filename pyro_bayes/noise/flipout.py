@@ -18,6 +18,7 @@ def perturbed(
     bias: Any,
     mean: Tensor,
     example: int | None,
+    count: int,
 ) -> Tensor:
     """Returns the output of a linear operator, see :func:`pyro_bayes.noise.estimator.draw_linear`.
 
@@ -28,8 +29,8 @@ def perturbed(
         bias: The bias, or `None`.
         mean: The output's mean.
         example: The dimension of inputs and output that counts examples, if there is one.
+        count: Its size, 1 if there is none.
     """
-    count = 1 if example is None else mean.shape[example]
     output, shares = mean, False
     if isinstance(weight, GaussianTensor):
         signed = list(inputs)
@@ -42,12 +43,17 @@ def perturbed(
             product = _flipped(product, weight.signs(dim, count), example, target)
         output = mean + product
     if isinstance(bias, GaussianTensor) and not shares:
-        output = output + elementwise_perturbation(bias, mean, example, -operator.channel - 1)
+        trailing = -operator.channel - 1
+        output = output + elementwise_perturbation(bias, mean, example, count, trailing)
     return output
 
 
 def elementwise_perturbation(
-    value: GaussianTensor, like: Tensor, example: int | None, trailing: int = 0
+    value: GaussianTensor,
+    like: Tensor,
+    example: int | None,
+    count: int | None,
+    trailing: int = 0,
 ) -> Tensor:
     """Returns the deviation from the mean under the examples' signs, to be broadcast to an output.
 
@@ -56,11 +62,13 @@ def elementwise_perturbation(
         like: The output.
         example: The dimension of the output that counts examples, if there is one. If the tensor
             has that dimension, its size must be 1.
+        count: Its size, 1 if there is none, or `None` to go without signs.
         trailing: The number of dimensions of the output on the right that the tensor lacks.
     """
-    count = 1 if example is None else like.shape[example]
     product = with_trailing(perturbation_of(value), trailing)
     product = product.view((1,) * (like.dim() - product.dim()) + product.shape)
+    if count is None:
+        return product
     if example is not None and count > 1:
         product = product.expand([count if d == example else -1 for d in range(like.dim())])
     dims = mean_of(value).dim()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.base.torch_private import (
+    is_transformed,
     tree_leaves,
     tree_map,
     without_torch_function,
@@ -72,7 +73,12 @@ class GaussianTensor(torch.Tensor):
             told by dimension any more. By default, those of the whole parameter.
         noise: The noise of the context.
         posterior: Returns :math:`\mu` and :math:`\log \sigma^2` of the whole parameter.
+
+    Attributes:
+        original: What it is an expansion of, in which no element is a copy of another.
     """
+
+    original: GaussianTensor | None = None
 
     def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
         # A wrapper without storage: an operator that went around the rules would fail, not use the
@@ -181,10 +187,9 @@ class GaussianTensor(torch.Tensor):
     def through(
         self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
     ) -> GaussianTensor:
-        """Returns what an operator that only arranges elements makes of the tensor."""
-        return self._derived(
-            operator(self._mean), lambda name: operator(self.moment(name)), key, axes
-        )
+        """Returns what an operator that only arranges or converts elements makes of the tensor."""
+        mean = operator(self._mean)
+        return self._derived(mean, lambda name: operator(self.moment(name)), key, axes, operator)
 
     def times(self, factor: Tensor | float) -> GaussianTensor:
         """Returns the product with a constant of the same shape, or one that broadcasts to it."""
@@ -194,7 +199,8 @@ class GaussianTensor(torch.Tensor):
             return product * factor if name == "variance" else product
 
         key = f"{self.key}*{self.noise.token(self.key, factor)}"
-        return self._derived(self._mean * factor, make, key, self.axes)
+        mean = self._mean * factor
+        return self._derived(mean, make, key, self.axes, lambda x: x * factor)
 
     def plus(self, term: Tensor | float) -> GaussianTensor:
         """Returns the sum with a constant of the same shape, or one that broadcasts to it."""
@@ -203,7 +209,7 @@ class GaussianTensor(torch.Tensor):
             return self.moment(name) + term if name == "draw" else self.moment(name)
 
         self.noise.token(self.key, term)  # so that the term counts as a constant from now on
-        return self._derived(self._mean + term, make, self.key, self.axes)
+        return self._derived(self._mean + term, make, self.key, self.axes, lambda x: x + term)
 
     def _derived(
         self,
@@ -211,20 +217,27 @@ class GaussianTensor(torch.Tensor):
         make: Callable[[Moment], Tensor],
         key: str,
         axes: tuple[Axis | None, ...] | None,
+        operator: Callable[[Tensor], Tensor],
     ) -> GaussianTensor:
-        return GaussianTensor(
-            mean,
-            {},
-            make,
-            parameter=self.parameter,
-            key=key,
-            axes=axes,
-            noise=self.noise,
-            posterior=self._posterior,
-        )
+        def new() -> GaussianTensor:
+            return GaussianTensor(
+                mean,
+                {},
+                make,
+                parameter=self.parameter,
+                key=key,
+                axes=axes,
+                noise=self.noise,
+                posterior=self._posterior,
+            )
+
+        if not torch.is_grad_enabled() or is_transformed() or not has_gradient(self):
+            return new()
+        derived: GaussianTensor = _Derived.apply(new, operator, self)
+        return derived
 
     def signs(self, dim: int, count: int) -> Tensor | None:
-        """Returns the signs of `count` examples along a dimension, of shape `(count, size)`."""
+        """Returns the signs of the examples of `count` rows along a dimension: `(count, size)`."""
         axis = (self.axes or ())[dim]
         if axis is None:
             return None
@@ -276,8 +289,6 @@ class GaussianTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten.add_.Tensor and _is_pinned(args[0]):
-            return args[0]  # see `_pin`
         # Below autograd, a draw would cut the gradient.
         raise RuntimeError(
             f"Expected an operator that torch reports to tensor subclasses; got {func}, called from"
@@ -338,18 +349,38 @@ def _pin(value: GaussianTensor) -> bool:
     """Returns whether the tensor requires a gradient, and lets its one draw stand for it if so.
 
     Whoever asks is about to differentiate with respect to the tensor itself, as flows do that hand
-    their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
-    told by an addition in place that its gradient is the draw's.
+    their parameters to an :class:`torch.autograd.Function`.
     """
     value.noise.pinned.add(value.parameter)
     value.noise.note(value.parameter, "one draw (requires_grad)")
-    if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
-        return False
-    sample = drawn(value)
+    return has_gradient(value)
+
+
+def has_gradient(value: Tensor) -> bool:
+    """Tells whether autograd knows a tensor, past all rules."""
     with without_torch_function():
-        if not value.requires_grad:
-            value.add_(sample)
-    return True
+        return value.requires_grad
+
+
+class _Derived(torch.autograd.Function):
+    """What a linear or affine operator makes of a Gaussian tensor, for autograd's eyes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        new: Callable[[], GaussianTensor],
+        operator: Callable[[Tensor], Tensor],
+        value: GaussianTensor,
+    ) -> GaussianTensor:
+        ctx.operator, ctx.like = operator, mean_of(value).detach()
+        return new()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            like = ctx.like.requires_grad_()
+            output = ctx.operator(like)
+        return None, None, torch.autograd.grad(output, like, grad)[0]
 
 
 def _is_mutation(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

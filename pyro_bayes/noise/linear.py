@@ -80,18 +80,18 @@ def _rmatmul(input: Any, other: Any) -> Any:
 def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     if isinstance(input, GaussianTensor) and (input.dim() != 1 or isinstance(beta, Tensor)):
         return NotImplemented
-    return _plus_product("addmm", torch.addmm, torch.mm, (input, mat1, mat2), beta, alpha)
+    return _plus_product("addmm", torch.addmm, (input, mat1, mat2), beta, alpha)
 
 
 @rule(torch.baddbmm, Tensor.baddbmm)
 def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    return _plus_product("baddbmm", torch.baddbmm, torch.bmm, (input, batch1, batch2), beta, alpha)
+    add = _plus_matmul  # which broadcasts
+    return _plus_product("baddbmm", add, (input, batch1, batch2), beta, alpha)
 
 
 def _plus_product(
     operator: str,
     apply: Callable[..., Tensor],
-    product: Callable[..., Tensor],
     args: tuple[Any, Any, Any],
     beta: float,
     alpha: float,
@@ -100,11 +100,10 @@ def _plus_product(
     bias, left, right = args
     if isinstance(left, GaussianTensor):
         return NotImplemented
-    bias = bias.times(beta) if isinstance(bias, GaussianTensor) else bias * beta
-    weight = right.times(alpha) if isinstance(right, GaussianTensor) else right * alpha
+    bias, weight = bias * beta, _matrix(right) * alpha
 
     def apply_or_multiply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return product(x, w) if b is None else apply(b, x, w)
+        return torch.matmul(x, w) if b is None else apply(b, x, w)
 
     return _times_matrix(operator, apply_or_multiply, left, weight, bias)
 
@@ -113,6 +112,7 @@ def _times_matrix(
     operator: str, apply: Callable[..., Tensor], input: Any, weight: Any, bias: Any = None
 ) -> Any:
     """A product with a matrix, or a stack of them, on the right."""
+    weight = _matrix(weight)
     last = weight.dim() - 1
     leading = input.dim() - (weight.dim() if weight.dim() > 2 else 1)
     contracted = max(last - 1, 0)
@@ -120,3 +120,15 @@ def _times_matrix(
     product = LinearOperator(operator, apply, {contracted: (0, -1)}, out)
     example = example_dim((weight, bias), leading)
     return draw_linear(product, (input,), weight, bias, example=example)
+
+
+def _plus_matmul(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.matmul(left, right) + bias
+
+
+def _matrix(weight: Any) -> Any:
+    """Returns the one matrix that was expanded to a stack, and anything else as it is."""
+    original = weight.original if isinstance(weight, GaussianTensor) else None
+    if original is None or original.shape[:-2].numel() != 1:
+        return weight
+    return original.view(original.shape[-2:])

@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import aligned, draw_linear, example_dim
-from pyro_bayes.noise.gaussian_tensor import RULES, drawn, rule
+from pyro_bayes.noise.estimator import aligned, draw_linear, example_dim, handed
+from pyro_bayes.noise.gaussian_tensor import RULES, rule
 from pyro_bayes.noise.local import LinearOperator
 
 
@@ -22,7 +22,7 @@ def _layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Any:
-    normed = F.layer_norm(drawn(input), normalized_shape, None, None, eps)
+    normed = F.layer_norm(handed("layer_norm", input), normalized_shape, None, None, eps)
     leading = input.dim() - len(normalized_shape)
     return _scaled("layer_norm", normed, weight, bias, leading=leading)
 
@@ -31,7 +31,7 @@ def _layer_norm(
 def _rms_norm(
     input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Any:
-    normed = F.rms_norm(drawn(input), normalized_shape, None, eps)
+    normed = F.rms_norm(handed("rms_norm", input), normalized_shape, None, eps)
     return _scaled("rms_norm", normed, weight, None, leading=input.dim() - len(normalized_shape))
 
 
@@ -39,7 +39,7 @@ def _rms_norm(
 def _group_norm(
     input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
-    normed = F.group_norm(drawn(input), num_groups, None, None, eps)
+    normed = F.group_norm(handed("group_norm", input), num_groups, None, None, eps)
     return _scaled("group_norm", normed, weight, bias, trailing=input.dim() - 2)
 
 
@@ -54,7 +54,9 @@ def _batch_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    normed = operator(drawn(input), running_mean, running_var, None, None, *args, **kwargs)
+    normed = operator(
+        handed(operator.__name__, input), running_mean, running_var, None, None, *args, **kwargs
+    )
     return _scaled(operator.__name__, normed, weight, bias, trailing=input.dim() - 2)
 
 

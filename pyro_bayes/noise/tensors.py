@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.noise.context import ContextNoise, Estimator
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, Moment
 from pyro_bayes.posterior.draws import draw
-from pyro_bayes.posterior.layout import Drawn, Flat
+from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
 from pyro_bayes.priors.variance import PriorVariances
 
@@ -51,14 +53,58 @@ def gaussian_tensors(
         means = drawn.means or flat.layout.split(flat.mean.detach())
         if named is not None and not torch.is_grad_enabled():
             views, means = named.__getitem__, [named[name][0] for name in flat.layout.names]
-        for name, mean, value in zip(flat.layout.names, means, drawn.outputs, strict=True):
-            values[name] = GaussianTensor(
+        triples = zip(flat.layout.names, means, drawn.outputs, strict=True)
+        new = [
+            GaussianTensor(
                 mean, {moment: value}, parameter=name, key=name, noise=noise,
                 posterior=partial(views, name),
-            )  # fmt: skip
+            )
+            for name, mean, value in triples
+        ]  # fmt: skip
+        if noise.estimator != "weights" and flat.mean.requires_grad and not is_transformed():
+            spread = drawn.outputs if noise.estimator == "flipout" else None
+            with torch.enable_grad():
+                new = _Handed.apply(flat.layout, noise, spread, new, flat.mean, flat.logvar)
+        values.update(zip(flat.layout.names, new, strict=True))
         if drawn.number is not None:
             numbers.append(drawn.number)
     return values, numbers
+
+
+class _Handed(torch.autograd.Function):
+    r"""Gaussian tensors as functions of the posterior, for operators that torch does not report.
+
+    They are handed to functions of autograd, for whose backward passes the gradient of each is that
+    of its one draw, :math:`\mu + \sigma \epsilon`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: Layout,
+        noise: ContextNoise,
+        spread: Sequence[Tensor] | None,
+        new: list[GaussianTensor],
+        mean: Tensor,
+        logvar: Tensor,
+    ) -> tuple[GaussianTensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.noise, ctx.spread, ctx.pair = layout, noise, spread, (mean, logvar)
+        return tuple(new)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout, (mean, logvar) = ctx.layout, ctx.pair
+        of_mean = layout.flatten(grads, mean)
+        spread = ctx.spread
+        if spread is None:
+            pairs = [layout.split(p) for p in (mean, logvar)]
+            spread = [
+                None if grad is None else (0.5 * v).exp() * ctx.noise.of_parameter(name, m)
+                for name, m, v, grad in zip(layout.names, *pairs, grads, strict=True)
+            ]
+        of_logvar = 0.5 * of_mean * layout.flatten(spread, mean)
+        return None, None, None, None, of_mean, of_logvar
 
 
 class _Views:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pyro.poutine.runtime import am_i_wrapped
 
 from pyro_bayes.noise.context import context_noise
-from pyro_bayes.noise.gaussian_tensor import drawn
+from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.exact_kl import ExactKL
 from pyro_bayes.pyro_bridge.module import PosteriorModule
@@ -72,11 +72,16 @@ class LiftedModule(PosteriorModule):
                 depth = messenger.depth or 0
                 yield Particles(self._base, self.swap, values, batched, depth, event_dim)
             else:
-                with self.hold(values) as base:
+                kept = (v.noise for v in values.values() if isinstance(v, GaussianTensor))
+                with self.hold(values, next(kept, None)) as base:
                     yield base
 
     def exact_kl(
-        self, local_trick: bool | Literal["flipout"] = False, *, batch_dim: int = 0
+        self,
+        local_trick: bool | Literal["flipout"] = False,
+        *,
+        batch_dim: int = 0,
+        check_examples: bool = True,
     ) -> ExactKL:
         r"""Returns a guide for SVI with which the ELBO has the exact KL divergence.
 
@@ -91,6 +96,7 @@ class LiftedModule(PosteriorModule):
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.
             batch_dim: The dimension of inputs that counts examples, 1 if they have time first.
+            check_examples: Whether to see that examples do not meet, as in :meth:`reparameterize`.
 
         Returns:
             The guide, a function that takes any arguments.
@@ -110,7 +116,7 @@ class LiftedModule(PosteriorModule):
             >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
             >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
         """
-        return ExactKL(self._guide, context_noise(local_trick, batch_dim))
+        return ExactKL(self._guide, context_noise(local_trick, batch_dim, check_examples))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Lifts the base and calls it, inside a Pyro model.

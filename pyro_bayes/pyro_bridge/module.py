@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from pyro_bayes.base import ownership
 from pyro_bayes.base.freshness import is_fresh, mark
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
+from pyro_bayes.noise.context import ContextNoise
+from pyro_bayes.noise.examples import Examples
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
@@ -61,6 +64,7 @@ class PosteriorModule(PyroModule):
         self.register_state_dict_post_hook(_drop_included)
         self.register_load_state_dict_pre_hook(_add_included)
         self.register_load_state_dict_post_hook(_after_load)
+        self._examples = Examples()
         self._mutex = threading.RLock()
         self._prepare()
         self._take_over()
@@ -241,11 +245,14 @@ class PosteriorModule(PyroModule):
             )
 
     @contextmanager
-    def hold(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    def hold(
+        self, values: Mapping[str, Tensor], noise: ContextNoise | None = None
+    ) -> Iterator[nn.Module]:
         """Holds values in the place of the base's parameters while the context is open.
 
         Arguments:
             values: The values by the names of parameters.
+            noise: The noise that Gaussian tensors among them have, if it is told by the example.
 
         Yields:
             The base.
@@ -253,10 +260,20 @@ class PosteriorModule(PyroModule):
         training = self.training
         try:
             with self.swap(values) as base:
-                yield base
+                if noise is None or noise.estimator == "weights":
+                    yield base
+                else:
+                    with self._examples.watch(base, values, noise, self._hold_unseen):
+                        yield base
         finally:
             if self.training != training:  # Pyro's modules take long to set an attribute
                 self.training = training
+
+    @contextmanager
+    def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Holds values in the base, out of sight of Pyro's handlers."""
+        with poutine.block(), self.swap(values) as base:
+            yield base
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that one thread at a time can be in."""

@@ -264,8 +264,8 @@ def test_half_precision_keeps_small_deviations(layer):
 
 @pytest.mark.parametrize("local_trick", [False, True, "flipout"])
 def test_activation_checkpointing_inside_a_context(local_trick):
-    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.LSTM(8, 4))
-    bnn, x = BayesianModel(net, init_logvar=-2.0), torch.randn(6, 3)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.LSTM(8, 4, batch_first=True))
+    bnn, x = BayesianModel(net, init_logvar=-2.0), torch.randn(5, 6, 3)
     grads = []
     for call in (lambda m: m(x), lambda m: checkpoint(m, x, use_reentrant=False)):
         torch.manual_seed(0)
