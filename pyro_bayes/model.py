@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_base, is_number
 from pyro_bayes.base.selection import select
-from pyro_bayes.base.state import undisturbed
-from pyro_bayes.noise.context import ContextNoise, context_noise
-from pyro_bayes.noise.tensors import held_values
+from pyro_bayes.noise.context import context_noise
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.memory import Leaves
-from pyro_bayes.posterior.summary import Summary, summarize
+from pyro_bayes.prediction.inspection import InspectedModule
 from pyro_bayes.prediction.module import PredictingModule
 from pyro_bayes.priors.variance import PriorVar, PriorVariances, prior_variances, total
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
 
 
-class BayesianModel(PredictingModule):
+class BayesianModel(InspectedModule):
     r"""Makes a module Bayesian: a mean-field Gaussian posterior over its parameters.
 
     .. math:: q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2), \qquad
@@ -255,7 +253,7 @@ class BayesianModel(PredictingModule):
         """
         noise = context_noise(local_trick, batch_dim, check_examples)
         with self.lock():
-            values, _ = self._values(noise)
+            values, _ = self.values(noise)
             with self.hold(values, noise) as base:
                 yield base
 
@@ -291,7 +289,7 @@ class BayesianModel(PredictingModule):
         """
         noise = context_noise(local_trick, batch_dim, check_examples)
         with self.lock():
-            values, numbers = self._values(noise, self._guide.variances)
+            values, numbers = self.values(noise, self._guide.variances)
             with self.hold(values, noise) as base:
                 yield base, total(numbers)
 
@@ -343,59 +341,8 @@ class BayesianModel(PredictingModule):
         """
         return self._variances(prior_var).kl_divergences(self._guide.flats())
 
-    def _values(
-        self, noise: ContextNoise, variances: PriorVariances | None = None
-    ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
-        """Returns what the base holds in a context, and divergences if they are wanted."""
-        flats, memory = self._guide.flats(), self._guide.memory
-        named = None if torch.is_grad_enabled() else memory.by_name()
-        return held_values(flats, noise, variances, named)
-
     def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
         if prior_var is None:
             return self._guide.variances
         shapes = {name: mean.shape for name, (mean, _) in self._guide.posterior().items()}
         return prior_variances(prior_var, self.choices, shapes)
-
-    def summary(self, *args: Any, local_trick: Any = True, batch_dim: int = 0) -> Summary:
-        r"""Prints a table of the parameters.
-
-        Its columns are the name, the shape, whether the parameter is included and by which
-        pattern, the prior, and the current mean of :math:`|\mu| / \sigma`. With arguments, one
-        forward pass of the base is made, and a further column tells what an estimator reached:
-        local noise or flipout, or one draw of the parameter, and which operator asked for it. The
-        pass leaves no trace: buffers, the state of random numbers and gradients are as before.
-
-        Arguments:
-            args: The arguments of the base, or one function of it, as in
-                `bnn.summary(lambda flow: flow(c).log_prob(x))`.
-            local_trick: The estimator, `True` or `"flipout"`.
-            batch_dim: The dimension of inputs that counts examples, 1 if they have time first.
-
-        Returns:
-            The table; its `rows` can be read.
-
-        Raises:
-            ImportError: If the extra `rich` is not installed.
-
-        Example:
-            >>> bnn = BayesianModel(nn.Linear(3, 1), exclude_params="bias")
-            >>> rows = bnn.summary(torch.randn(5, 3)).rows
-            <BLANKLINE>
-            ...
-            >>> [(row.parameter, row.noise) for row in rows]
-            [('weight', 'local'), ('bias', 'deterministic')]
-        """
-        uses = None
-        if args:
-            noise = context_noise(local_trick, batch_dim)
-            uses = noise.uses = {}
-            call = args[0] if callable(args[0]) else lambda base: base(*args)
-            with self.lock(), undisturbed(self._base), torch.enable_grad():
-                values, _ = self._values(noise)
-                with self.hold(values) as base:
-                    call(base)
-        title = f"{type(self).__name__} of {type(self._base).__name__}"
-        parts = self.choices, self.swap.originals, self._guide.posterior()
-        describe = self._guide.variances.describe
-        return summarize(title, self._guide.store_name, *parts, describe, uses)

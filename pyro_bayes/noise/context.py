@@ -244,27 +244,25 @@ class ContextNoise:
         return rows if kept == count else rows[:count]
 
     def _randn(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        generator = self._generator(device)
-        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+        return torch.randn(tuple(shape), dtype=dtype, device=device, **self._source(device))
 
     def _random_signs(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        count, generator = math.prod(shape), self._generator(device)
+        count, source = math.prod(shape), self._source(device)
         if device.type != "cpu" or count < 1024:
-            bits = torch.randint(2, tuple(shape), generator=generator, dtype=dtype, device=device)
+            bits = torch.randint(2, tuple(shape), dtype=dtype, device=device, **source)
             return torch.rsub(bits, 1, alpha=2)
         # A CPU draws number after number: one random byte serves for eight signs.
-        random_bytes = torch.randint(
-            256, (math.ceil(count / 8),), generator=generator, device=device
-        )
+        random_bytes = torch.randint(256, (math.ceil(count / 8),), device=device, **source)
         signs = _SIGNS_OF_BYTES.index_select(0, random_bytes)
         return signs.view(-1)[:count].view(*shape).to(dtype)
 
-    def _generator(self, device: torch.device) -> torch.Generator | None:
+    def _source(self, device: torch.device) -> dict[str, Any]:
+        """Returns where random numbers come from, nothing for torch's global generator."""
         if self._seed is None:
-            return None
+            return {}
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
+        return {"generator": self._generators[device]}
 
 
 class ParticleNoise(ContextNoise):

@@ -58,8 +58,19 @@ class Examples:
     """What is known of the examples of one network, for each estimator and mode."""
 
     def __init__(self) -> None:
-        self._verdicts: dict[tuple[object, ...], Verdict | None] = {}
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+        self._asked: set[tuple[object, ...]] = set()
         self._busy = False
+
+    def is_known(self, base: nn.Module, noise: ContextNoise) -> bool:
+        """Tells whether it is known that examples do not meet, or cannot be known.
+
+        Arguments:
+            base: The base.
+            noise: The noise of the context.
+        """
+        key = noise.estimator, noise.batch_dim, base.training
+        return key in self._verdicts or (*key, False) in self._asked
 
     @contextmanager
     def watch(
@@ -114,18 +125,26 @@ class Examples:
             ExamplesMeetError: If they meet.
         """
         key = noise.estimator, noise.batch_dim, base.training
-        if key not in self._verdicts and noise.check_examples and not is_transformed():
-            self._busy = True
-            try:
-                trial = _Trial(base, values, noise, hold, inputs, function)
-                if trial.size > 1:
-                    self._verdicts[key] = trial.verdict()
-            finally:
-                self._busy = False
+        question = *key, function is None
+        if key not in self._verdicts and question not in self._asked and noise.check_examples:
+            self._ask(question, _Trial(base, values, noise, hold, inputs, function))
         verdict = self._verdicts.get(key)
         if verdict is not None:
             noise.shared = verdict.shared
             noise.pinned |= verdict.drawn
+
+    def _ask(self, question: tuple[object, ...], trial: _Trial) -> None:
+        # One example meets no other. Within a transform, its inputs cannot be changed.
+        if trial.size < 2 or is_transformed():
+            return
+        self._busy = True
+        try:
+            verdict = trial.verdict()
+        finally:
+            self._busy = False
+        self._asked.add(question)
+        if verdict is not None:
+            self._verdicts[question[:-1]] = verdict
 
 
 class _Watched(ContextNoise):

@@ -79,6 +79,7 @@ class GaussianTensor(torch.Tensor):
     """
 
     original: GaussianTensor | None = None
+    _is_its_draw = False
 
     def __new__(cls, mean: Tensor, *args: Any, **kwargs: Any) -> GaussianTensor:
         # A wrapper without storage: an operator that went around the rules would fail, not use the
@@ -289,6 +290,8 @@ class GaussianTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.aten.copy_.default and _is_pinned(args[0]):
+            return args[0]  # see `_pin`
         # Below autograd, a draw would cut the gradient.
         raise RuntimeError(
             f"Expected an operator that torch reports to tensor subclasses; got {func}, called from"
@@ -349,11 +352,19 @@ def _pin(value: GaussianTensor) -> bool:
     """Returns whether the tensor requires a gradient, and lets its one draw stand for it if so.
 
     Whoever asks is about to differentiate with respect to the tensor itself, as flows do that hand
-    their parameters to an :class:`torch.autograd.Function`.
+    their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
+    told by a copy in place that its gradient is the draw's.
     """
     value.noise.pinned.add(value.parameter)
     value.noise.note(value.parameter, "one draw (requires_grad)")
-    return has_gradient(value)
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
+        return False
+    sample = drawn(value)
+    if not value._is_its_draw:
+        value._is_its_draw = True
+        with without_torch_function():
+            value.copy_(sample)
+    return True
 
 
 def has_gradient(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,6 +61,8 @@ class ELBO(nn.Module):
             :meth:`pyro_bayes.BayesianModel.reparameterize`.
         batch_dim: The dimension of inputs that counts examples, 1 if they have time first. The
             output and the target have them first.
+        check_examples: Whether to see that examples do not meet, as in
+            :meth:`pyro_bayes.BayesianModel.reparameterize`, at the first batch.
         num_samples: The number :math:`S` of draws. More lower the variance of the gradient, in
             proportion to the time.
         kl_weight: The weight :math:`w`, a number or a schedule, as
@@ -102,12 +104,13 @@ class ELBO(nn.Module):
         *,
         local_trick: bool | Literal["flipout"] = False,
         batch_dim: int = 0,
+        check_examples: bool = True,
         num_samples: int = 1,
         kl_weight: float | Schedule = 1.0,
     ) -> None:
         super().__init__()
         check_parts(bnn, likelihood, num_data)
-        context_noise(local_trick, batch_dim)
+        context_noise(local_trick, batch_dim, check_examples)
         check_count("num_samples", num_samples)
         if not isinstance(kl_weight, Schedule) and not (
             is_number(kl_weight) and 0 <= kl_weight < math.inf
@@ -122,6 +125,7 @@ class ELBO(nn.Module):
         self.num_samples = int(num_samples)
         self.local_trick: bool | Literal["flipout"] = local_trick
         self.batch_dim = batch_dim
+        self.check_examples = check_examples
         self.kl_weight = kl_weight
 
     @property
@@ -151,9 +155,12 @@ class ELBO(nn.Module):
                 batch has more examples than `num_data`.
         """
         args, kwargs = arguments(x)
+        kind: dict[str, Any] = {"local_trick": self.local_trick, "batch_dim": self.batch_dim}
+        if self.local_trick and self.check_examples:
+            self.model.look_at_examples(self._log_probs(y), *args, **kind, **kwargs)
         nlls = []
         for _ in range(self.num_samples):
-            with self.model.reparameterize_with_kl(self.local_trick, batch_dim=self.batch_dim) as (
+            with self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
                 net,
                 kl,
             ):
@@ -170,6 +177,10 @@ class ELBO(nn.Module):
             check_batch(len(y), self.num_data)
         nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
         return Terms(nll, kl / self.num_data)
+
+    def _log_probs(self, y: Tensor) -> Callable[..., Tensor]:
+        """Returns the log-probability of targets as a function of the network and its inputs."""
+        return lambda net, *args, **kwargs: self.likelihood.log_prob(net(*args, **kwargs), y)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Computes the loss.
