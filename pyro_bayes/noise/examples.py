@@ -12,7 +12,6 @@ the examples. The outputs of the others must not change.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,9 +25,9 @@ from pyro_bayes.base.state import undisturbed
 from pyro_bayes.base.torch_private import is_transformed, tree_leaves
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of
+from pyro_bayes.noise.inputs import Inputs, batch_size, changed, copied, tensors_in
 
 Hold: TypeAlias = Callable[[Mapping[str, Tensor]], AbstractContextManager[nn.Module]]
-Inputs: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 _SCALE = 0.1
 """The deviations in these calls, relative to the size of the means."""
@@ -89,7 +88,7 @@ class Examples:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._busy:
-                noise.batch_size = _batch_size((args, kwargs), noise.batch_dim)
+                noise.batch_size = batch_size((args, kwargs), noise.batch_dim)
                 self.look(module, values, noise, hold, (args, kwargs))
 
         # A compiler would take a hook for a change of the network.
@@ -220,7 +219,7 @@ class _Trial:
             name: _wide(value, self._noise) if isinstance(value, GaussianTensor) else value
             for name, value in values.items()
         }
-        self.size = _batch_size(inputs, noise.batch_dim) or 0
+        self.size = batch_size(inputs, noise.batch_dim) or 0
 
     def verdict(self) -> Verdict | None:
         """Returns what the calls tell, `None` if it cannot be told."""
@@ -253,7 +252,7 @@ class _Trial:
     def _changed_inputs(self) -> dict[tuple[str, ...], list[Tensor]]:
         """Returns what operators met with other inputs, nothing if there are none."""
         for kinds in (True, False):
-            inputs = _changed(self._inputs, self._noise.batch_dim, integers=kinds)
+            inputs = changed(self._inputs, self._noise.batch_dim, integers=kinds)
             if inputs is None:
                 continue
             try:
@@ -264,14 +263,14 @@ class _Trial:
         return {}
 
     def _run(self, inputs: Inputs | None = None) -> list[Tensor] | None:
-        args, kwargs = _copied(self._inputs) if inputs is None else inputs
+        args, kwargs = copied(self._inputs) if inputs is None else inputs
         self._noise.begin(self.size)
         self._noise.pinned |= self._drawn
         with undisturbed(self._base), self._hold(self._values) as base:
             output = self._call(base, *args, **kwargs)
         if any(isinstance(leaf, Distribution) for leaf in tree_leaves(output)):
             return None  # which computes with the network when asked
-        found = [t.detach() for t in _tensors(output) if t.is_floating_point() and t.dim()]
+        found = [t.detach() for t in tensors_in(output) if t.is_floating_point() and t.dim()]
         return [t.nan_to_num() for t in found] or None
 
     def _meet(self, first: Sequence[Tensor]) -> bool:
@@ -361,60 +360,3 @@ def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return alike and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
     )
-
-
-# Inputs
-
-
-def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """Yields the tensors in a value: in containers, and in the attributes of plain objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
-        yield from _tensors(vars(value), depth - 1)
-
-
-def _batch_size(inputs: Inputs, batch_dim: int) -> int | None:
-    """Returns how many examples the first tensor among the inputs has."""
-    sizes = (t.shape[batch_dim] for t in _tensors(inputs) if t.dim() > batch_dim)
-    return next(sizes, None)
-
-
-def _copied(inputs: Inputs, changed: Mapping[int, Tensor] | None = None) -> Inputs:
-    """Returns a copy of inputs, which a network may change in place."""
-    memo: dict[int, Any] = {}
-    for tensor in _tensors(inputs):
-        new = (changed or {}).get(id(tensor))
-        copied = tensor.detach().clone() if new is None else new
-        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
-    copies: Inputs = copy.deepcopy(inputs, memo)
-    return copies
-
-
-def _changed(inputs: Inputs, batch_dim: int, *, integers: bool) -> Inputs | None:
-    """Returns inputs with other values, `None` if none can be changed.
-
-    Real numbers move a little. Integers, which may be indices, only change places.
-    """
-    generator = torch.Generator().manual_seed(2)
-    changed: dict[int, Tensor] = {}
-    for tensor in _tensors(inputs):
-        value = tensor.detach()
-        if value.layout is not torch.strided or value.dtype == torch.bool or not value.numel():
-            continue
-        if value.is_floating_point():
-            noise = torch.rand(value.shape, generator=generator).to(value)
-            changed[id(tensor)] = value * (1 + 0.01 * noise) + 0.001 * noise
-        elif integers and not value.is_complex():
-            moved = value.roll(1, min(batch_dim, value.dim() - 1)) if value.dim() else value
-            if torch.equal(moved, value):
-                moved = value.flatten().roll(1).view(value.shape)
-            if not torch.equal(moved, value):
-                changed[id(tensor)] = moved
-    return _copied(inputs, changed) if changed else None
