@@ -1,5 +1,6 @@
 """One module for each thing that a rule must get right, with an input of two examples."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -255,6 +256,54 @@ for _name, _baddbmm in {
         vmap=False,
         variant=True,
     )
+
+EINSUMS = {
+    "linear": ("bi,oi->bo", (3, 4), (2, 4)),
+    "time first": ("tbi,io->tbo", (4, 3), (3, 2, 4)),
+    "heads": ("bthd,hde->bte", (2, 3, 4), (2, 3, 2, 3)),
+    "summed positions": ("bti,oi->bo", (3, 4), (2, 3, 4)),
+    "ellipsis": ("...i,io->...o", (4, 3), (2, 3, 4)),
+    "experts": ("bni,nio->nbo", (3, 4, 2), (2, 3, 4)),
+    "two inputs": ("bi,bj,oij->ob", (3, 4, 4), (2, 4)),
+    "implicit": ("bi,io", (4, 3), (2, 4)),
+}
+for _name, (_equation, _weight, _shape) in EINSUMS.items():
+    CASES[f"einsum, {_name}"] = Case(
+        lambda e=_equation, w=_weight: Weighted(_product(e), w),
+        _shape,
+        variant=True,
+        vmap=False,
+        batch_dim=int(_name == "time first"),
+    )
+
+
+def _product(equation):
+    def product(x, w):
+        inputs = [x] * equation.partition("->")[0].count(",")
+        output = torch.einsum(equation, *inputs, w)
+        return output.movedim(1, 0) if equation.endswith(("nbo", "ob")) else output
+
+    return product
+
+
+CASES["cat, class token"] = Case(
+    lambda: Weighted(lambda x, w: torch.cat([w.expand(len(x), -1, -1), x], 1), (1, 1, 4)),
+    (2, 3, 4),
+    vmap=False,
+)
+for _name, _cat in {"concat": torch.concat, "concatenate": torch.concatenate}.items():
+    CASES[f"cat, {_name}"] = Case(
+        lambda f=_cat: Weighted(lambda x, w: f([x, w.expand(len(x), 1, 4)], 1), (1, 4)),
+        (2, 3, 4),
+        variant=True,
+        vmap=False,
+    )
+CASES["add in place"] = Case(
+    lambda: Weighted(lambda x, w: (2 * x).add_(w), (4,)), (2, 3, 4), vmap=False
+)
+CASES["add in place, operator"] = Case(
+    lambda: Weighted(lambda x, w: operator.iadd(2 * x, w), (4,)), (2, 4), variant=True, vmap=False
+)
 
 # A parameter in arithmetic with an activation, and with a constant of its own shape.
 C = torch.tensor([[0.0, 1.0, -2.0, 0.5], [1.5, 0.0, 1.0, 3.0], [0.1, 1.0, 0.0, -1.0]])

@@ -1,4 +1,4 @@
-"""Rules of sums and products with deterministic tensors."""
+"""Rules of sums and products with deterministic tensors, and of what is set beside them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bayes.noise.estimator import aligned, draw_linear, spread
+from pyro_bayes.noise.estimator import aligned, draw_linear, handed, spread
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of, rule
 from pyro_bayes.noise.local import LinearOperator
 
@@ -40,6 +40,47 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     if example is NotImplemented:
         return NotImplemented
     return spread("add", gaussian, term, example)
+
+
+@rule(Tensor.add_)
+def _add_in_place(input: Any, other: Any, *, alpha: float = 1) -> Any:
+    gaussian = (
+        other if isinstance(input, Tensor) and not isinstance(input, GaussianTensor) else None
+    )
+    gaussian = None if gaussian is None else _unexpanded(gaussian, input)
+    if gaussian is None or _keeps_shape(gaussian, input):
+        return NotImplemented
+    example = _outer_example(gaussian, input)
+    if example is NotImplemented:
+        return NotImplemented
+    return input.add_(
+        spread("add", gaussian, torch.zeros_like(input), example, [input]), alpha=alpha
+    )
+
+
+@rule(torch.cat, torch.concat, torch.concatenate)
+def _cat(tensors: Any, dim: int = 0, *, out: Any = None) -> Any:
+    """Class tokens and the like, which are expanded to examples, are drawn for each of them."""
+    others = [t for t in tensors if not isinstance(t, GaussianTensor)]
+    if not others or out is not None:
+        return NotImplemented
+
+    def piece(value: Any) -> Any:
+        original = value.original if isinstance(value, GaussianTensor) else None
+        example = 0 if original is None else original.noise.batch_dim
+        if original is None or example >= value.dim() or dim % value.dim() == example:
+            return handed("cat", value)
+        own = mean_of(original).shape
+        if own[example] != 1 or own[:example] + own[example + 1 :] != _without(value, example):
+            return handed("cat", value)
+        zeros = torch.zeros_like(mean_of(value))
+        return spread("cat", original, zeros, example, others)
+
+    return torch.cat([piece(value) for value in tensors], dim)
+
+
+def _without(value: Tensor, dim: int) -> torch.Size:
+    return value.shape[:dim] + value.shape[dim + 1 :]
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract)

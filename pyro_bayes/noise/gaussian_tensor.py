@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -279,11 +279,12 @@ class GaussianTensor(torch.Tensor):
             if isinstance(value, GaussianTensor):
                 value.noise.note(value.parameter, f"one draw ({func.__name__})")
                 value.noise.handed.add(value.parameter)
-        if gaussians and _is_mutation(func, kwargs):
+        changed = kwargs.get("out", args[0] if args and _is_in_place(func) else None)
+        if isinstance(changed, GaussianTensor):
             # From now on, the draw is what was made of it.
             with torch.enable_grad():
-                drawn(gaussians[0])
-            gaussians[0].noise.pinned.add(gaussians[0].parameter)
+                drawn(changed)
+            changed.noise.pinned.add(changed.parameter)
         return func(*tree_map(drawn, args), **tree_map(drawn, kwargs))
 
     @classmethod
@@ -394,11 +395,10 @@ class _Derived(torch.autograd.Function):
         return None, None, torch.autograd.grad(output, like, grad)[0]
 
 
-def _is_mutation(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+def _is_in_place(func: Callable[..., Any]) -> bool:
     name = func.__name__
     special = name in ("__setitem__", "__set__") or name.startswith("__i")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return special or in_place or isinstance(kwargs.get("out"), GaussianTensor)
+    return special or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_pinned(value: Any) -> bool:
