@@ -201,12 +201,12 @@ class BayesianModel(InspectedModule):
           gradients is between the two others'.
 
         The latter two take the examples of a batch to be independent. The first call of the base
-        sees to that: it calls the base a few more times with other noise for some examples, and
-        raises an error if the outputs of others change, as they do in graph layers, attention over
-        the batch, pooling of sets, and batch norm in training mode. Operators whose input is the
-        same for all examples, as position embeddings or weights computed of others, and
-        parameters that some operator needs as one draw, are one draw everywhere. What a flow
-        computes after the call, :class:`pyro_bayes.ELBO` sees.
+        sees to that: it calls the base a few more times with other noise for some examples. If the
+        outputs of others change, as they do in graph layers, attention over the batch, pooling of
+        sets, and batch norm in training mode, the parameters behind it become one draw, with a
+        warning. So do, without one, operators whose input is the same for all examples, as position
+        embeddings or weights computed of others, and parameters that some operator needs as one
+        draw. What a flow computes after the call, :class:`pyro_bayes.ELBO` sees.
 
         The latter two cost a second product per operator. They reach linear and bilinear maps,
         products with matrices, convolutions, embeddings, attention, the affine part of
@@ -227,15 +227,18 @@ class BayesianModel(InspectedModule):
             batch_dim: The dimension of inputs that counts examples where the layout does not say:
                 1 for networks that have time first. Noise and signs belong to the position of an
                 example in the batch. It does not matter to draws of weights.
-            check_examples: Whether to see, once for each estimator and mode, that examples do not
-                meet. It takes about the time of one forward and backward pass.
+            check_examples: Whether to look, once for each estimator and mode, if examples meet. It
+                takes about the time of one forward and backward pass.
 
         Yields:
             The reparameterized base.
 
         Raises:
-            ValueError: If an argument is none of the above, or examples meet.
+            ValueError: If an argument is none of the above.
             RuntimeError: If the base has lost or replaced one of its parameters.
+
+        Warns:
+            UserWarning: If examples meet, the first time.
 
         References:
             | Variational Dropout and the Local Reparameterization Trick (Kingma et al., 2015)
@@ -272,7 +275,7 @@ class BayesianModel(InspectedModule):
         Arguments:
             local_trick: The estimator, as in :meth:`reparameterize`.
             batch_dim: The dimension of inputs that counts examples, likewise.
-            check_examples: Whether to see that examples do not meet, likewise.
+            check_examples: Whether to look if examples meet, likewise.
 
         Yields:
             The reparameterized base, and the divergence from the model's prior in nats.

@@ -60,6 +60,8 @@ class ContextNoise:
         self._generators: dict[torch.device, torch.Generator] = {}
         self.pinned: set[str] = set()
         """Names of parameters whose one draw stands for them from now on."""
+        self.ruled: set[str] = set()
+        """Names of parameters that some rule has used."""
         self.handed: set[str] = set()
         """Names of parameters of which some operator has had the one draw."""
         self.uses: dict[str, list[str]] | None = None
@@ -89,8 +91,8 @@ class ContextNoise:
             self.batch_size = count
         return None if count % max(self.batch_size, 1) else count // max(self.batch_size, 1)
 
-    def signed_rows(self, like: Tensor, example: int | None) -> int | None:
-        """Returns how many rows of an operator's output have the signs of their examples.
+    def rows_of_examples(self, like: Tensor, example: int | None) -> int | None:
+        """Returns how many rows of an operator's output are told by examples.
 
         Arguments:
             like: The output.
@@ -100,7 +102,7 @@ class ContextNoise:
             The number, `None` if it is not known whose they are. One draw serves for all then.
         """
         if example is None:
-            return 1 if self.batch_size == 1 else None
+            return 1 if self.batch_size in (None, 1) else None
         count = like.shape[example]
         return None if self.rows_of_example(count) is None else count
 

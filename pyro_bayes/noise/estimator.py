@@ -72,16 +72,13 @@ def draw_linear(
     source = (operator.name, *[s.key for s in sources])
     if noise.watched:
         noise.met(source, [s.parameter for s in sources], inputs)
-    if source in noise.shared:
+    count = None if source in noise.shared else noise.rows_of_examples(inputs[0], example)
+    if count is None:
         return operator.apply(*inputs, *[handed(operator.name, v) for v in (weight, bias)])
+    _note(sources)
     if noise.estimator == "flipout":
-        count = noise.signed_rows(inputs[0], example)
-        if count is None:
-            return operator.apply(*inputs, *[handed(operator.name, v) for v in (weight, bias)])
-        _note(sources)
         mean = operator.apply(*inputs, *means)
         return perturbed(operator, inputs, weight, bias, mean, example, count).to(mean.dtype)
-    _note(sources)
     if operator.gradients is not None and sources[0] is weight and _is_plain(inputs[0], means[0]):
         variances = variance_of(weight), variance_of(bias) if len(sources) == 2 else None
         return LocalNoise.apply(operator, noise, source, example, inputs[0], *means, *variances)
@@ -137,16 +134,14 @@ def noisy(
     source = (operator, *[s.key for s in sources])
     if noise.watched:
         noise.met(source, [s.parameter for s in sources], inputs)
-    shared = source in noise.shared
-    if shared or noise.estimator == "flipout":
-        count = None if shared else noise.signed_rows(mean, example)
-        if count is None:
-            for each in sources:
-                handed(operator, each)
-        else:
-            _note(sources)
+    count = None if source in noise.shared else noise.rows_of_examples(mean, example)
+    if count is None:
+        for each in sources:
+            handed(operator, each)
+    else:
+        _note(sources)
+    if count is None or noise.estimator == "flipout":
         return mean + perturbation(count).to(mean.dtype)
-    _note(sources)
     return _with_noise(mean, variance(), noise.normal(source, mean, example))
 
 
@@ -161,6 +156,8 @@ def _with_noise(mean: Tensor, variance: Tensor, epsilon: Tensor) -> Tensor:
 
 def _note(sources: Sequence[GaussianTensor]) -> None:
     noise = sources[0].noise
+    for source in sources:
+        noise.ruled.add(source.parameter)
     if noise.uses is not None:
         for source in sources:
             noise.note(source.parameter, noise.estimator)

@@ -7,12 +7,14 @@ small. And noise that no example owns must not be told by the example: that of l
 position embeddings, and weights that are computed of others.
 
 A network is asked once: it is called a few times with the same inputs, and other noise for some of
-the examples. The outputs of the others must not change.
+the examples. If the outputs of the others change, the parameters behind it become one draw.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -26,6 +28,7 @@ from pyro_bayes.base.torch_private import is_transformed, tree_leaves
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of
 from pyro_bayes.noise.inputs import Inputs, batch_size, changed, copied, tensors_in
+from pyro_bayes.noise.watched import Calls, WatchedNoise
 
 Hold: TypeAlias = Callable[[Mapping[str, Tensor]], AbstractContextManager[nn.Module]]
 
@@ -42,15 +45,14 @@ class Verdict(NamedTuple):
 
     Arguments:
         shared: The operators, with their Gaussian tensors, whose input no example changes.
-        drawn: The parameters that some operator needs as one draw, and others do not.
+        drawn: The parameters that are one draw in one place, and hence in all, or whose noise makes
+            examples meet.
+        warning: What a user is to know.
     """
 
     shared: frozenset[tuple[str, ...]]
     drawn: frozenset[str]
-
-
-class ExamplesMeetError(ValueError):
-    """The noise of an example reaches the output of another."""
+    warning: str | None = None
 
 
 class Examples:
@@ -62,7 +64,7 @@ class Examples:
         self._busy = False
 
     def is_known(self, base: nn.Module, noise: ContextNoise) -> bool:
-        """Tells whether it is known that examples do not meet, or cannot be known.
+        """Tells whether it is known if examples meet, or cannot be known.
 
         Arguments:
             base: The base.
@@ -70,6 +72,16 @@ class Examples:
         """
         key = noise.estimator, noise.batch_dim, base.training
         return key in self._verdicts or (*key, False) in self._asked
+
+    def warning(self, base: nn.Module, noise: ContextNoise) -> str | None:
+        """Returns what a user is to know.
+
+        Arguments:
+            base: The base.
+            noise: The noise of the context.
+        """
+        verdict = self._verdicts.get((noise.estimator, noise.batch_dim, base.training))
+        return None if verdict is None else verdict.warning
 
     @contextmanager
     def watch(
@@ -110,7 +122,7 @@ class Examples:
         inputs: Inputs,
         function: Callable[..., Any] | None = None,
     ) -> None:
-        """Sees that examples do not meet, unless it is known, and tells the noise what is known.
+        """Looks whether examples meet, unless it is known, and tells the noise what is known.
 
         Arguments:
             base: The base.
@@ -120,8 +132,8 @@ class Examples:
             inputs: The arguments of the base.
             function: A function of the base and of them; by default, the base's own.
 
-        Raises:
-            ExamplesMeetError: If they meet.
+        Warns:
+            UserWarning: If they meet, once.
         """
         key = noise.estimator, noise.batch_dim, base.training
         question = *key, function is None
@@ -144,60 +156,8 @@ class Examples:
         self._asked.add(question)
         if verdict is not None:
             self._verdicts[question[:-1]] = verdict
-
-
-class _Watched(ContextNoise):
-    """The noise of several calls, of which some examples have another."""
-
-    watched = True
-
-    def __init__(self, noise: ContextNoise) -> None:
-        super().__init__(noise.estimator, noise.batch_dim, seed=0)
-        self._other = ContextNoise(noise.estimator, noise.batch_dim, seed=1)
-        self.chosen: Tensor | None = None
-        """Which examples have the other noise."""
-        self.only: frozenset[str] | None = None
-        """The parameters whose noise is another, all by default."""
-
-    def begin(self, size: int) -> None:
-        """Begins a call."""
-        self.batch_size = self._other.batch_size = size
-        self.uses, self.pinned, self.handed, self._seen = {}, set(), set(), {}
-        self.parameters: dict[tuple[str, ...], Sequence[str]] = {}
-        self.inputs: dict[tuple[str, ...], list[Tensor]] = {}
-
-    def met(
-        self, source: tuple[str, ...], parameters: Sequence[str], inputs: Sequence[Tensor]
-    ) -> None:
-        self.parameters[source] = parameters
-        if self.chosen is None:
-            self.inputs.setdefault(source, []).extend(x.detach().clone() for x in inputs)
-
-    def normal(self, source: tuple[str, ...], like: Tensor, example: int | None = 0) -> Tensor:
-        own = super().normal(source, like, example)
-        mask = None if example is None else self._mask(like.shape[example])
-        if mask is None or not self._is_wanted(self.parameters[source]):
-            return own
-        shape = [-1 if d == example else 1 for d in range(like.dim())]
-        return torch.where(mask.view(shape), self._other.normal(source, like, example), own)
-
-    def signs(self, source: tuple[str, ...], count: int, size: int, like: Tensor) -> Tensor:
-        own, mask = super().signs(source, count, size, like), self._mask(count)
-        if mask is None or not self._is_wanted(source[:1]):
-            return own
-        other = self._other.signs(self._sharing[source], count, size, like)
-        return torch.where(mask.unsqueeze(-1), other, own)
-
-    def _mask(self, count: int) -> Tensor | None:
-        """Returns which rows have the other noise."""
-        each = self.rows_of_example(count)
-        if self.chosen is None or each is None:
-            return None
-        chosen = self.chosen
-        return chosen.repeat_interleave(each) if self.batch_dim == 0 else chosen.repeat(each)
-
-    def _is_wanted(self, parameters: Sequence[str]) -> bool:
-        return self.only is None or not self.only.isdisjoint(parameters)
+            if verdict.warning is not None:
+                warnings.warn(verdict.warning, stacklevel=5)
 
 
 class _Trial:
@@ -214,7 +174,7 @@ class _Trial:
     ) -> None:
         self._base, self._hold, self._inputs = base, hold, inputs
         self._call = function or (lambda base, *args, **kwargs: base(*args, **kwargs))
-        self._noise = _Watched(noise)
+        self._noise = WatchedNoise(noise)
         self._values = {
             name: _wide(value, self._noise) if isinstance(value, GaussianTensor) else value
             for name, value in values.items()
@@ -226,30 +186,52 @@ class _Trial:
         try:
             before = self._changed_inputs()
             first = self._run()
-        except ExamplesMeetError:
-            raise
         except Exception:  # the call that comes has it again
             return None
         if first is None:
             return None
         noise = self._noise
-        shared = {s for s, inputs in noise.inputs.items() if _are_equal(inputs, before.get(s, ()))}
         drawn = {
             name
-            for name, uses in (noise.uses or {}).items()
-            if noise.estimator in uses and any(use.startswith("one draw") for use in uses)
+            for name, each in (noise.uses or {}).items()
+            if noise.estimator in each and any(use.startswith("one draw") for use in each)
         }
-        verdict = Verdict(frozenset(shared), frozenset(drawn))
+        if noise.estimator == "local":  # whose calls are not independent, nor the same
+            uses = Counter(
+                key for source, calls in noise.inputs.items() for key in source[1:] * len(calls)
+            )
+            drawn |= {
+                name
+                for source, names in noise.parameters.items()
+                for key, name in zip(source[1:], names, strict=True)
+                if uses[key] > 1
+            }
+        shared = set()
+        for source, calls in noise.inputs.items():
+            same = [_are_equal(a, b) for a, b in zip(calls, before.get(source, ()), strict=False)]
+            if same and all(same):
+                shared.add(source)
+            elif any(same):  # as a layer that is called on the examples and on constants
+                drawn.update(noise.parameters[source])
+        noise.shared, self._drawn = frozenset(shared), frozenset(drawn)
         if shared or drawn:
-            noise.shared, self._drawn = verdict.shared, verdict.drawn
             first = self._run()
-        if first is not None and self._meet(first):
-            raise ExamplesMeetError(self._message(first))
-        return verdict
+        if first is None or not self._meet(first):
+            return Verdict(noise.shared, self._drawn)
+        every = frozenset(name for group in noise.parameters.values() for name in group)
+        for _ in range(_ROUNDS):
+            guilty = self._guilty(first)
+            self._drawn |= guilty or every
+            first = self._run()
+            if first is None or not self._meet(first):
+                break
+        else:
+            self._drawn |= every
+        return Verdict(noise.shared, self._drawn, self._warning(self._drawn - drawn))
 
     _drawn: frozenset[str] = frozenset()
 
-    def _changed_inputs(self) -> dict[tuple[str, ...], list[Tensor]]:
+    def _changed_inputs(self) -> Calls:
         """Returns what operators met with other inputs, nothing if there are none."""
         for kinds in (True, False):
             inputs = changed(self._inputs, self._noise.batch_dim, integers=kinds)
@@ -311,27 +293,35 @@ class _Trial:
         time_first = self._noise.batch_dim in alike and output.dim() > 2
         return (self._noise.batch_dim if time_first else alike[0]) if is_first else None
 
-    def _message(self, first: Sequence[Tensor]) -> str:
-        names = sorted({name for group in self._noise.parameters.values() for name in group})
-        guilty = []
-        for name in names[:_NAMED]:
+    def _guilty(self, first: Sequence[Tensor]) -> frozenset[str]:
+        """Returns the parameters whose noise alone reaches others' outputs, if not too many."""
+        names = {name for group in self._noise.parameters.values() for name in group}
+        guilty = set()
+        for name in names - self._drawn if len(names) <= _NAMED else ():
             self._noise.only = frozenset([name])
             if self._meet(first):
-                guilty.append(name)
+                guilty.add(name)
+        self._noise.only = None
+        return frozenset(guilty)
+
+    def _warning(self, names: frozenset[str]) -> str:
         kind = repr("flipout") if self._noise.estimator == "flipout" else "True"
+        shown = ", ".join(repr(name) for name in sorted(names)[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return (
             f"Expected examples that do not meet, with local_trick={kind}; got a"
             f" {type(self._base).__name__} in which the noise of an example reaches the outputs of"
             " others, as in graph layers, attention over the batch, pooling of sets, or batch norm"
-            f" in training mode (through the parameters {guilty[:5]}). Examples that share weights"
-            " would have noise of their own, and outputs a wrong variance. Use local_trick=False,"
-            " which is exact, or exclude these parameters. If another dimension counts examples,"
-            " pass batch_dim; check_examples=False does not look."
+            f" in training mode. The parameters {shown}{more} are one draw instead, which is exact."
+            " Use local_trick=False to say so yourself. If another dimension counts examples, pass"
+            " batch_dim; check_examples=False does not look."
         )
 
 
+_ROUNDS = 3
+"""How often to look for parameters that others hid."""
 _NAMED = 50
-"""How many parameters to ask for what made examples meet."""
+"""How many parameters to ask one by one for what made examples meet."""
 
 
 def _wide(value: GaussianTensor, noise: ContextNoise) -> GaussianTensor:
@@ -356,7 +346,5 @@ def _choices(size: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    alike = len(first) == len(second)
-    return alike and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
+    pairs = zip(first, second, strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)

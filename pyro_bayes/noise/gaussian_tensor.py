@@ -356,9 +356,12 @@ def _pin(value: GaussianTensor) -> bool:
     their parameters to an :class:`torch.autograd.Function`. The wrapper has no values, so torch is
     told by a copy in place that its gradient is the draw's.
     """
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)
+    if value.parameter in value.noise.ruled and value.parameter not in value.noise.pinned:
+        return trains  # what a rule has used stays what it is, for a context is a function
     value.noise.pinned.add(value.parameter)
     value.noise.note(value.parameter, "one draw (requires_grad)")
-    if not (torch.is_grad_enabled() and any(p.requires_grad for p in value.posterior)):
+    if not trains:
         return False
     sample = drawn(value)
     if not value._is_its_draw:
@@ -406,4 +409,7 @@ def _is_pinned(value: Any) -> bool:
 
 
 def _unless_pinned(value: Any) -> Any:
-    return drawn(value) if _is_pinned(value) else value
+    if not _is_pinned(value):
+        return value
+    value.noise.note(value.parameter, "one draw")
+    return drawn(value)

@@ -45,11 +45,13 @@ class Summary:
     Arguments:
         title: The line above the table.
         rows: One row per parameter.
+        note: The line below the table, if there is one.
     """
 
-    def __init__(self, title: str, rows: Sequence[Row]) -> None:
+    def __init__(self, title: str, rows: Sequence[Row], note: str | None = None) -> None:
         self.title = title
         self.rows = tuple(rows)
+        self.note = note
 
     def print(self) -> None:
         """Prints the table.
@@ -67,6 +69,8 @@ class Summary:
             rows.append([row.parameter, shape, included, row.why, row.prior, signal, *noise])
         headers = [*_HEADERS, "noise"] if with_noise else _HEADERS
         print_table(self.title, headers, rows, right=_HEADERS[-1:])
+        if self.note is not None:
+            print(self.note)
 
     def __repr__(self) -> str:
         included = sum(row.included for row in self.rows)
@@ -81,6 +85,7 @@ def summarize(
     posterior: Mapping[str, tuple[Tensor, Tensor]],
     describe: Callable[[str], str],
     uses: Mapping[str, Sequence[str]] | None,
+    note: str | None,
 ) -> Summary:
     r"""Prints a table of a model's parameters, and returns it.
 
@@ -92,6 +97,7 @@ def summarize(
         posterior: The means and log-variances of those that are included.
         describe: Returns the prior of a parameter in words, by its name.
         uses: What became of each parameter in a forward pass, if one was made.
+        note: What else is to be known.
     """
     rows = []
     for choice in choices:
@@ -108,6 +114,6 @@ def summarize(
         rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
     count = sum(math.prod(row.shape) for row in rows if row.included)
     contents = f"{count} Bayesian parameters, '{store_name}' in the param store"
-    summary = Summary(f"{title}: {contents}", rows)
+    summary = Summary(f"{title}: {contents}", rows, note)
     summary.print()
     return summary

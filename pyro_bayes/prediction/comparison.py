@@ -33,10 +33,9 @@ class Row(NamedTuple):
             deviations :math:`\sigma_f` of the output.
         variance_ratio: The variance by that of draws, averaged over elements.
         variance_error: The standard error of that ratio.
-        agrees: Whether both moments are those of draws, up to 4 standard errors, and examples do
-            not meet.
+        agrees: Whether both moments are those of draws, up to 4 standard errors.
         through: The parameters whose noise alone disagrees, if the moments do.
-        remark: Why the estimator is refused, if it is.
+        remark: Why some parameters are one draw, if examples meet.
     """
 
     estimator: str
@@ -110,7 +109,6 @@ def compare(
         for i, (mean, ratio, error, agrees) in enumerate(found):
             through = () if agrees else tuple(guilty.get(i, ()))
             remark = remarks.get(estimator)
-            agrees = agrees and remark is None
             rows.append(Row(estimator, i, mean, ratio, error, agrees, through, remark))
     return Comparison(tuple(rows), num_contexts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.state import undisturbed
 from pyro_bayes.base.torch_private import tree_leaves
 from pyro_bayes.noise.context import context_noise
-from pyro_bayes.noise.examples import ExamplesMeetError
 from pyro_bayes.posterior.summary import Summary, summarize
 from pyro_bayes.prediction.comparison import ESTIMATORS, Comparison, compare
 from pyro_bayes.prediction.module import PredictingModule
@@ -44,7 +42,7 @@ class InspectedModule(PredictingModule):
             ImportError: If the extra `rich` is not installed.
 
         Warns:
-            UserWarning: If examples meet, so that the estimator is wrong for the network.
+            UserWarning: If examples meet, the first time; the table says it each time.
 
         Example:
             >>> from pyro_bayes import BayesianModel
@@ -55,23 +53,22 @@ class InspectedModule(PredictingModule):
             >>> [(row.parameter, row.noise) for row in rows]
             [('weight', 'local'), ('bias', 'deterministic')]
         """
-        uses, warning = None, None
+        uses, note = None, None
         if args:
             noise = context_noise(local_trick, batch_dim, check_examples=False)
             uses = noise.uses = {}
             function, inputs = (args[0], ()) if callable(args[0]) else (_call, args)
             with self.lock(), undisturbed(self._base), torch.enable_grad():
-                warning = self._warning(function, inputs, local_trick, batch_dim)
+                note = self.look_at_examples(
+                    function, *inputs, local_trick=local_trick, batch_dim=batch_dim
+                )
                 values, _ = self.values(noise)
                 with self.hold(values, noise) as base:
                     function(base, *inputs)
         title = f"{type(self).__name__} of {type(self._base).__name__}"
         parts = self.choices, self.swap.originals, self._guide.posterior()
         describe = self._guide.variances.describe
-        summary = summarize(title, self._guide.store_name, *parts, describe, uses)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=2)
-        return summary
+        return summarize(title, self._guide.store_name, *parts, describe, uses, note)
 
     def check(
         self,
@@ -79,6 +76,7 @@ class InspectedModule(PredictingModule):
         num_contexts: int = 1000,
         function: Callable[..., Any] | None = None,
         batch_dim: int = 0,
+        **kwargs: Any,
     ) -> Comparison:
         r"""Compares what the network computes with local noise and flipout with draws.
 
@@ -96,6 +94,7 @@ class InspectedModule(PredictingModule):
             function: What to evaluate instead of `base(*args)`: a function of the base and of the
                 arguments.
             batch_dim: The dimension of inputs that counts examples, 1 if they have time first.
+            kwargs: The keyword arguments of the base.
 
         Returns:
             A table; its `rows` can be read, and `agrees` says whether all do.
@@ -115,8 +114,8 @@ class InspectedModule(PredictingModule):
         """
         check_count("num_contexts", num_contexts, least=100)
         call = function or _call
-        if function is None and len(args) == 1 and not isinstance(args[0], nn.Module):
-            call, args = (args[0], ()) if callable(args[0]) else (call, args)
+        if function is None and len(args) == 1 and callable(args[0]):
+            call, args = args[0], ()
         means = {name: mean.detach() for name, (mean, _) in self._guide.posterior().items()}
 
         def sample(estimator: str, only: str | None, count: int) -> list[Tensor]:
@@ -127,26 +126,21 @@ class InspectedModule(PredictingModule):
                 if only is not None:
                     values = {n: v if n == only else means[n] for n, v in values.items()}
                 with self.hold(values, noise) as base:
-                    contexts.append(_numbers(call(base, *args)))
+                    contexts.append(_numbers(call(base, *args, **kwargs)))
             return [torch.stack(values) for values in zip(*contexts, strict=True)]
 
         with self.lock(), undisturbed(self._base), torch.no_grad():
-            kinds = ESTIMATORS.items()
-            found = {e: self._warning(call, args, kind, batch_dim) for e, kind in kinds}
-            remarks = {e: warning for e, warning in found.items() if warning is not None}
+            options = {"batch_dim": batch_dim, **kwargs}
+            found = {
+                name: self.look_at_examples(call, *args, local_trick=kind, **options)
+                for name, kind in ESTIMATORS.items()
+            }
+            remarks = {name: note for name, note in found.items() if note is not None}
             return compare(sample, [*means], int(num_contexts), remarks)
 
-    def _warning(self, function: Any, inputs: Any, local_trick: Any, batch_dim: int) -> str | None:
-        """Returns what is wrong with an estimator, if anything."""
-        try:
-            self.look_at_examples(function, *inputs, local_trick=local_trick, batch_dim=batch_dim)
-        except ExamplesMeetError as error:
-            return str(error)
-        return None
 
-
-def _call(base: nn.Module, *args: Any) -> Any:
-    return base(*args)
+def _call(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return base(*args, **kwargs)
 
 
 _ELEMENTS = 2**12

@@ -24,8 +24,8 @@ class HeldModule(PosteriorModule):
         local_trick: bool | Literal["flipout"] = True,
         batch_dim: int = 0,
         **kwargs: Any,
-    ) -> None:
-        """Sees that examples do not meet in a function of the base, as :meth:`reparameterize` does.
+    ) -> str | None:
+        """Looks whether examples meet in a function of the base, as :meth:`reparameterize` does.
 
         It looks once for each estimator and mode. What computes with the network after the base was
         called, as the density of a flow, is seen by this alone.
@@ -38,8 +38,11 @@ class HeldModule(PosteriorModule):
             batch_dim: The dimension of inputs that counts examples, likewise.
             kwargs: The keyword arguments of the base.
 
-        Raises:
-            ValueError: If examples meet.
+        Returns:
+            What to know, if they meet.
+
+        Warns:
+            UserWarning: If they meet, the first time.
 
         Example:
             >>> from pyro_bayes import BayesianModel
@@ -47,12 +50,14 @@ class HeldModule(PosteriorModule):
             >>> bnn.look_at_examples(lambda net, x: net(x).square(), x)
         """
         noise = context_noise(local_trick, batch_dim)
-        if noise.estimator == "weights" or self._examples.is_known(self._base, noise):
-            return
-        with self.lock():
-            values, _ = self.values(noise)
-            inputs = args, kwargs
-            self._examples.look(self._base, values, noise, self._hold_unseen, inputs, function)
+        if noise.estimator == "weights":
+            return None
+        if not self._examples.is_known(self._base, noise):
+            with self.lock():
+                values, _ = self.values(noise)
+                hold, inputs = self._hold_unseen, (args, kwargs)
+                self._examples.look(self._base, values, noise, hold, inputs, function)
+        return self._examples.warning(self._base, noise)
 
     def values(
         self, noise: ContextNoise, variances: PriorVariances | None = None

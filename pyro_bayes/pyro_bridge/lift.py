@@ -96,7 +96,7 @@ class LiftedModule(HeldModule):
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.
             batch_dim: The dimension of inputs that counts examples, 1 if they have time first.
-            check_examples: Whether to see that examples do not meet, as in :meth:`reparameterize`.
+            check_examples: Whether to look if examples meet, as in :meth:`reparameterize`.
 
         Returns:
             The guide, a function that takes any arguments.

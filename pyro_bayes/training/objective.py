@@ -61,7 +61,7 @@ class ELBO(nn.Module):
             :meth:`pyro_bayes.BayesianModel.reparameterize`.
         batch_dim: The dimension of inputs that counts examples, 1 if they have time first. The
             output and the target have them first.
-        check_examples: Whether to see that examples do not meet, as in
+        check_examples: Whether to look if examples meet, as in
             :meth:`pyro_bayes.BayesianModel.reparameterize`, at the first batch.
         num_samples: The number :math:`S` of draws. More lower the variance of the gradient, in
             proportion to the time.
