@@ -1,4 +1,4 @@
-"""What torch has no public call for, in one place.
+"""What torch and Pyro have no public call for, in one place.
 
 Other files take these from here. `tests/base/test_torch_private.py` says what each must do.
 """
@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from pyro.poutine import Trace, runtime
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._utils import _flatten_dense_tensors as flatten_dense
@@ -30,6 +32,7 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_batched",
     "is_transformed",
+    "open_traces",
     "outside_transforms",
     "transform_level",
     "tree_flatten",
@@ -110,3 +113,8 @@ def wrapper_subclass(cls: type[Tensor], like: Tensor) -> Any:
     return torch.Tensor._make_wrapper_subclass(
         cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
+
+
+def open_traces() -> list[Trace]:
+    """Returns the traces that Pyro is recording, the outermost first."""
+    return [h.trace for h in runtime._PYRO_STACK if isinstance(h, TraceMessenger)]

@@ -70,6 +70,8 @@ class ContextNoise:
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self.divergence: Callable[[str, Any], Tensor] | None = None
         """Returns the divergence of a parameter by name, for the variances of the prior."""
+        self.statements: dict[str, tuple[Any, Any]] = {}
+        """The scale and the mask of a guide's sites by the names of parameters."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}
         self._sharing: dict[tuple[str, ...], tuple[str, ...]] = {}
 

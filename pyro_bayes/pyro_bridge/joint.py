@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.pyro_bridge.expectation import Expectation
 
 
 class Joint:
@@ -22,6 +24,8 @@ class Joint:
         self._posterior = posterior
         self._views: dict[str, tuple[Tensor, Tensor]] = {}
         self._divergences: dict[tuple[int, bool], dict[str, Tensor]] = {}
+        self._met: set[str] = set()
+        self._marked: str | None = None
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         r"""Returns :math:`\mu` and :math:`\log \sigma^2` of one parameter, differentiable."""
@@ -39,6 +43,7 @@ class Joint:
             variances: The variances of the priors.
         """
         # What was computed without a gradient does not serve where one is wanted.
+        self._met.add(name)
         key = (id(variances), torch.is_grad_enabled())
         if key not in self._divergences:
             self._divergences[key] = variances.kl_divergences(self._posterior)
@@ -47,3 +52,28 @@ class Joint:
     def note(self, variances: PriorVariances, divergences: dict[str, Tensor]) -> None:
         """Keeps divergences that were computed together with draws."""
         self._divergences[id(variances), torch.is_grad_enabled()] = divergences
+
+    def log_density(self, name: str, zeros: Tensor) -> Tensor:
+        """Returns the log-density of a site whose value is a Gaussian tensor, which is 0.
+
+        It is the counterpart of a divergence, and worth nothing without that.
+
+        Arguments:
+            name: The name of the parameter.
+            zeros: Zeros of the shape of the log-density.
+
+        Raises:
+            RuntimeError: If no prior has been asked for the divergence.
+        """
+        if name not in self._met:
+            raise RuntimeError(
+                f"Expected a model that samples '{name}' from its own prior, with which exact_kl()"
+                " has the divergence in closed form; got one that does not, as under"
+                " poutine.condition or poutine.do, so that the entropy of the guide would be lost."
+                " Hide the site from the guide, poutine.block(guide, hide=[...]), or use"
+                " `bnn.guide`."
+            )
+        self._marked = self._marked or name  # one site is enough, and the mark takes time
+        if name != self._marked or is_transformed():
+            return zeros
+        return zeros.as_subclass(Expectation)

@@ -69,8 +69,10 @@ class LiftedModule(HeldModule):
                 values[name] = store.statement(self._store_key(name), parameter)
             values, batched = stack(values, self.swap.originals)
             if batched:
-                depth = messenger.depth or 0
-                yield Particles(self._base, self.swap, values, batched, depth, event_dim)
+                yield Particles(
+                    self._base, self.swap, values, batched, messenger.depth or 0, event_dim,
+                    sites=self._guide.sites, filters=messenger.filters,
+                )  # fmt: skip
             else:
                 kept = (v.noise for v in values.values() if isinstance(v, GaussianTensor))
                 with self.hold(values, next(kept, None)) as base:
@@ -89,9 +91,17 @@ class LiftedModule(HeldModule):
         :math:`\log q(\theta) - \log p(\theta)` at the draw. The expected ELBO is the same, its
         variance is lower, and plates, scales and masks hold. The lifted base is one draw of the
         weights or, if asked, has local noise or flipout, as in :meth:`reparameterize`, with
-        :class:`pyro.infer.TraceMeanField_ELBO` as well. It trains the parameters of `guide`. Scale
-        or mask the model and the guide alike. Importance weights, as in
-        :class:`pyro.infer.RenyiELBO`, need densities of draws and hence `guide` itself.
+        :class:`pyro.infer.TraceMeanField_ELBO` as well. It trains the parameters of `guide`.
+
+        Scale or mask the model and the guide alike, and let the model sample each site from its own
+        prior: all else is refused. So are importance weights, as in :class:`pyro.infer.RenyiELBO`
+        or :class:`pyro.infer.Importance`, which need densities of draws and hence `guide` itself.
+        :class:`pyro.infer.Predictive` gets draws.
+
+        Warning:
+            What asks for the model's densities alone, such as the prior term of
+            :class:`pyro.infer.EnergyDistance`, gets minus the divergence instead of
+            :math:`\log p(\theta)`. So does a single weight that is never exponentiated.
 
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.

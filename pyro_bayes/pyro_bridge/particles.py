@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pyro.contrib.zuko import ZukoToPyro
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyro_bayes.base.checks import is_number
 from pyro_bayes.base.swap import Swap
-from pyro_bayes.base.torch_private import tree_leaves, tree_map, tree_map_only
+from pyro_bayes.base.torch_private import open_traces, tree_leaves, tree_map, tree_map_only
 from pyro_bayes.noise.context import ParticleNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
 from pyro_bayes.pyro_bridge.prior import Prior
 
-_PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")
+_FILTER = "particles"
+"""The plate of :class:`pyro.infer.SMCFilter`, which hands values on from run to run."""
+
+_PARTICLES = (
+    *("num_particles_vectorized", "num_sleep_particles_vectorized", "_num_predictive_samples"),
+    _FILTER,
+)
 """The plates in which Pyro runs a whole model for several draws at once."""
+
+_shared: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+"""By the trace of a run, the inputs that all of its particles are known to share."""
 
 
 class LiftMessenger(Messenger):
@@ -32,6 +44,7 @@ class LiftMessenger(Messenger):
     Attributes:
         depth: The number of plate dimensions to the right of the particles', or `None` if Pyro
             runs the model for one draw.
+        filters: Whether the particles are those of a filter.
         observed: The sites that have a given value, as when Pyro predicts.
 
     Arguments:
@@ -42,6 +55,7 @@ class LiftMessenger(Messenger):
         super().__init__()
         self._sites = frozenset(sites)
         self.depth: int | None = None
+        self.filters = False
         self.observed: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -49,24 +63,44 @@ class LiftMessenger(Messenger):
             if msg["is_observed"]:
                 self.observed.add(msg["name"])
             for frame in msg["cond_indep_stack"]:
-                if frame.name not in _PARTICLES:
+                alike = frame.name == _FILTER and msg["value"].shape == msg["fn"].event_shape
+                if frame.name not in _PARTICLES or alike:
                     raise ValueError(
                         f"Expected lift() outside of plates; got it inside the plate"
                         f" '{frame.name}', which would give each index parameters of its own. Open"
                         " `with bnn.lift() as net:` first and the plate inside."
                     )
-                self.depth = -frame.dim - 1
-            if isinstance(msg["value"], GaussianTensor) and not isinstance(msg["fn"], Prior):
-                raise RuntimeError(
-                    f"Expected the site '{msg['name']}' to have the model's own prior, with which"
-                    " exact_kl() has the divergence in closed form; got"
-                    f" {type(msg['fn']).__name__}. Use `bnn.guide`, which estimates the divergence"
-                    " at the draw."
-                )
+                self.depth, self.filters = -frame.dim - 1, frame.name == _FILTER
+            if isinstance(msg["value"], GaussianTensor):
+                _check_exact(msg, msg["value"])
         elif isinstance(msg["fn"], ZukoToPyro) and msg["mask"] is not False:
             fn, value = msg["fn"], msg["value"]
             if value not in fn.cache:
                 fn.cache[value] = fn.log_prob(value)
+
+
+def _check_exact(msg: Any, value: GaussianTensor) -> None:
+    """Raises a `RuntimeError` unless the divergence counts as the guide's site does."""
+    if not isinstance(msg["fn"], Prior):
+        raise RuntimeError(
+            f"Expected the site '{msg['name']}' to have the model's own prior, with which"
+            f" exact_kl() has the divergence in closed form; got {type(msg['fn']).__name__}. Use"
+            " `bnn.guide`, which estimates the divergence at the draw."
+        )
+    here = msg["scale"], msg["mask"]
+    there = value.noise.statements.get(value.parameter, here)
+    if not all(map(_is_same, here, there)):
+        raise RuntimeError(
+            f"Expected the site '{msg['name']}' to have one scale and mask in the model and in the"
+            f" guide, for exact_kl(); got {here} in the model and {there} in the guide. Put"
+            " poutine.scale and poutine.mask around both, or use `bnn.guide`."
+        )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
+    return bool(type(a) is type(b) and a == b) or (is_number(a) and is_number(b) and a == b)
 
 
 class Particles:
@@ -79,6 +113,8 @@ class Particles:
         batched: The number :math:`P` by the names of those that have its dimension.
         depth: The number of plate dimensions to the right of the particles'.
         event_dim: The number of dimensions of an output that belong to no plate, if it is known.
+        sites: The names of the sites of the base's parameters.
+        filters: Whether the particles are those of a filter.
     """
 
     def __init__(
@@ -89,6 +125,9 @@ class Particles:
         batched: Mapping[str, int],
         depth: int,
         event_dim: int | None,
+        *,
+        sites: Iterable[str] = (),
+        filters: bool = False,
     ) -> None:
         self._module, self._swap = module, swap
         self._gaussians = {n: d for n, d in draws.items() if isinstance(d, GaussianTensor)}
@@ -96,6 +135,7 @@ class Particles:
         self._in_dims = {name: 0 if name in batched else None for name in self._draws}
         self._size = next(iter(batched.values()))
         self._depth, self._event_dim = depth, event_dim
+        self._sites, self._filters = frozenset(sites), filters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         r"""Calls the module once per draw, with the same arguments for all.
@@ -111,9 +151,7 @@ class Particles:
                 for some of several plates, or `event_dim` does not fit an output.
             RuntimeError: If the module cannot be batched over draws.
         """
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._check(x)
+        self._check([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
 
         def call(index: Tensor, draws: dict[str, Tensor]) -> Any:
             gaussians = {
@@ -156,13 +194,51 @@ class Particles:
         missing = self._depth - plates
         return output.reshape(-1, *[1] * missing, *output.shape[1:]) if missing > 0 else output
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() >= max(self._depth, 1) + 2 and len(x) == self._size:
-            raise ValueError(
-                f"Expected an input that all {self._size} particles share; got one of shape"
-                f" {tuple(x.shape)}, whose first dimension may be the particles'. Choose another"
-                " number of particles, or vectorize_particles=False (parallel=False in Predictive)."
-            )
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        """Raises a `ValueError` if an input may differ between particles.
+
+        It may if something in this run did, and the input has such a dimension.
+        """
+        traces = open_traces()
+        called = not traces or traces[0] in _shared
+        shared = _shared.setdefault(traces[0], []) if traces else []
+        # What a filter hands on, or is computed outside of a trace, cannot be seen.
+        sizes = {self._size} if called or self._filters else set()
+        shapes, whole = set(), self._filters
+        for value, counts in self._varying(traces):
+            sizes |= counts
+            shapes.add(value.shape)
+            whole |= not value.is_floating_point()
+        for x in inputs:
+            if any(x is other for other in shared):
+                continue
+            # An input of real numbers has features on the right; an index may have none.
+            features = 0 if whole and (self._filters or not x.is_floating_point()) else 1
+            lead = x.shape[: max(x.dim() - self._depth - features, 0)]
+            if not sizes.isdisjoint(lead) or x.shape in shapes:
+                raise ValueError(
+                    f"Expected an input that all {self._size} particles share; got one of shape"
+                    f" {tuple(x.shape)}, of which a dimension on the left may be that of the"
+                    " particles or of an enumerated variable: other values in this run have it."
+                    " Choose another number of particles, or vectorize_particles=False"
+                    " (parallel=False in Predictive)."
+                )
+        shared += inputs
+
+    def _varying(self, traces: Sequence[Trace]) -> Iterator[tuple[Tensor, set[int]]]:
+        """Yields the values that differ between particles or are enumerated, and how often."""
+        for trace in traces:
+            for name, site in trace.nodes.items():
+                value = site.get("value")
+                if site["type"] != "sample" or not isinstance(value, Tensor):
+                    continue
+                if name in self._sites or isinstance(site["fn"], Prior):
+                    continue
+                event_dim = getattr(site["fn"], "event_dim", 0)  # indices of plates have none
+                lead = value.shape[: max(value.dim() - event_dim - self._depth, 0)]
+                sizes = {size for size in lead if size > 1}
+                if sizes:
+                    yield value, sizes
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

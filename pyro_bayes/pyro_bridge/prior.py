@@ -143,7 +143,8 @@ class Prior(dist.Independent):
                 divergence = divergence_terms(*value.posterior, precision).sum()
             else:
                 divergence = value.noise.divergence(value.parameter, self.variances)
-            return -divergence.expand(self.batch_shape)
+            shape = value.shape[: len(value.shape) - len(self._event_shape)]
+            return -divergence.expand(self._batch_shape if self._batch_shape else shape)
         variance: Any = self._variance
         plain = not self._batch_shape and value.is_floating_point()
         if not plain or value.shape != self.event_shape or isinstance(variance, Tensor):

@@ -6,11 +6,13 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions.utils import lazy_property
 
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.posterior import gaussian
+from pyro_bayes.pyro_bridge.expectation import NO_WEIGHTS, NoDensity
 from pyro_bayes.pyro_bridge.joint import Joint
 
 
@@ -18,7 +20,8 @@ class Posterior(dist.Independent):
     r"""The posterior :math:`\mathcal{N}(\mu, \sigma^2 I)` of one parameter, with a draw at hand.
 
     The first sample is that draw, or a :class:`~pyro_bayes.noise.gaussian_tensor.GaussianTensor`
-    that stands for it. The log-density of a Gaussian tensor is 0.
+    that stands for it. In an ELBO, the log-density of a Gaussian tensor is 0; it has none that
+    could weigh a draw.
 
     Arguments:
         joint: The posterior of all parameters.
@@ -56,14 +59,26 @@ class Posterior(dist.Independent):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         if self._draw is not None and not sample_shape:
             return self._draw
+        if sample_shape and isinstance(self._draw, GaussianTensor):
+            raise RuntimeError(NO_WEIGHTS.format(", from several draws of a site"))
         return super().rsample(sample_shape)
 
     def log_prob(self, value: Any) -> Tensor:
-        if isinstance(value, GaussianTensor):
-            return value.posterior[0].new_zeros(()).expand(self.batch_shape)
+        if isinstance(value, GaussianTensor):  # an ELBO asks for the parts of the score instead
+            return self._zeros(value).as_subclass(NoDensity)
         if value is not self._draw or self._log_prob is None:
             return super().log_prob(value)  # type: ignore[no-any-return]
         return self._log_prob
+
+    def score_parts(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, GaussianTensor):
+            return super().score_parts(x, *args, **kwargs)
+        log_density = self.joint.log_density(self.name, self._zeros(x))
+        no_score: Any = 0
+        return ScoreParts(log_density, no_score, log_density)
+
+    def _zeros(self, value: GaussianTensor) -> Tensor:
+        return value.posterior[0].new_zeros(()).expand(self.batch_shape)
 
 
 class _Normal(dist.Normal):

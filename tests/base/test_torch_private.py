@@ -1,7 +1,8 @@
-"""Each private call of torch does what it is used for: a release that moves one fails here."""
+"""Each private call does what it is used for: a release that moves one fails here."""
 
 import pytest
 import torch
+from pyro import poutine
 from torch.utils.checkpoint import checkpoint
 
 from pyro_bayes.base import torch_private as private
@@ -112,3 +113,9 @@ def test_trees():
     assert private.tree_leaves(tree) == leaves
     assert private.tree_map_only(int, lambda n: n + 1, tree)["b"] == (4,)
     assert private.tree_map(type, tree) == {"a": [torch.Tensor, int], "b": (int,)}
+
+
+def test_open_traces():
+    with poutine.trace() as outer, poutine.block(), poutine.trace() as inner:
+        assert private.open_traces() == [outer.trace, inner.trace]
+    assert private.open_traces() == []

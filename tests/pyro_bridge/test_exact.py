@@ -5,8 +5,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro import poutine
+from pyro import infer, poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.importance import vectorized_importance_weights
 from torch import nn
 
 from pyro_bayes import BayesianModel
@@ -221,7 +222,8 @@ def test_predicted_samples_explain_the_predictions(local_trick, parallel):
     guide = bnn.exact_kl(local_trick)
     sites = ["weight", "bias", "mean"]
     predict = Predictive(model, guide=guide, num_samples=7, parallel=parallel, return_sites=sites)
-    samples = {name: value.detach() for name, value in predict().items()}
+    samples = predict()
+    assert all(type(value) is torch.Tensor for value in samples.values())
     weight, bias = samples["weight"].reshape(7, 3), samples["bias"].reshape(7, 1)
     torch.testing.assert_close(samples["mean"].reshape(7, 4), weight @ x.T + bias)
 
@@ -236,3 +238,138 @@ def test_divergence_has_its_gradient_after_one_without():
     torch.testing.assert_close(density, -bnn.kl_divergence())
     density.backward()
     torch.testing.assert_close(bnn.guide.means.weight.grad, -bnn.base.weight.detach())
+
+
+class OtherPrior(poutine.messenger.Messenger):
+    """Replaces the prior of a site by a normal distribution."""
+
+    def _pyro_sample(self, msg):
+        if msg["name"] == "bnn.0.weight":
+            msg["fn"] = dist.Normal(torch.zeros(8, 3), 0.1).to_event(2)
+
+
+ONE = {"bnn.0.weight": torch.zeros(8, 3)}
+ALL = ONE | {
+    "bnn.0.bias": torch.zeros(8),
+    "bnn.2.weight": torch.zeros(1, 8),
+    "bnn.2.bias": torch.zeros(1),
+}
+HANDLED = {
+    "another prior": (OtherPrior(), None, "own prior"),
+    "one conditioned": (lambda m: poutine.condition(m, ONE), None, "entropy of the guide"),
+    "all conditioned": (lambda m: poutine.condition(m, ALL), None, "entropy of the guide"),
+    "hidden": (lambda m: poutine.block(m, hide=["bnn.2.bias"]), None, "entropy of the guide"),
+    "scaled model": (lambda m: poutine.scale(m, 0.1), None, "one scale and mask"),
+    "scaled guide": (None, lambda g: poutine.scale(g, 0.1), "one scale and mask"),
+    "masked model": (lambda m: poutine.mask(m, torch.tensor(False)), None, "one scale and mask"),
+    "intervention": (lambda m: poutine.do(m, ONE), None, None),
+    "masked guide": (None, lambda g: poutine.mask(g, False), None),
+    "conditioned and hidden": (
+        lambda m: poutine.condition(m, ONE), lambda g: poutine.block(g, hide=[*ONE]), None
+    ),
+}  # fmt: skip
+"""Handlers of the model and the guide, and what the refusal says, if it is not right."""
+
+
+@pytest.mark.parametrize(("of_model", "of_guide", "message"), HANDLED.values(), ids=HANDLED)
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide")
+def test_handlers_are_right_or_refused(bnn, model, of_model, of_guide, message):
+    exact, ordinary = bnn.exact_kl(), bnn.guide
+    if of_guide is not None:
+        exact, ordinary = of_guide(exact), of_guide(ordinary)
+    model = model if of_model is None else of_model(model)
+    if message is not None:
+        with pytest.raises(RuntimeError, match=message):
+            Trace_ELBO().loss(model, exact)
+        return
+    found, expected = (
+        losses(Trace_ELBO(), model, exact, 60),
+        losses(Trace_ELBO(), model, ordinary, 60),
+    )
+    error = ((found.var() + expected.var()) / 60).sqrt()
+    assert (found.mean() - expected.mean()).abs() <= 4.5 * error
+
+
+def importance(model, guide):
+    return infer.Importance(model, guide, 3).run().get_log_normalizer()
+
+
+def vectorised(model, guide):
+    return vectorized_importance_weights(model, guide, num_samples=3, max_plate_nesting=1)[0].exp()
+
+
+class Filtered:
+    def __init__(self, f):
+        self.f = f
+
+    def init(self, state):
+        self.f()
+
+
+PARTICLES = {"num_particles": 3, "max_plate_nesting": 1}
+WEIGHTED = {
+    "Importance": importance,
+    "importance weights": vectorised,
+    "PSIS": lambda m, g: infer.importance.psis_diagnostic(m, g, **PARTICLES),
+    "Renyi": lambda m, g: infer.RenyiELBO(num_particles=3).loss(m, g),
+    "Renyi's gradient": lambda m, g: infer.RenyiELBO(
+        vectorize_particles=True, **PARTICLES
+    ).loss_and_grads(m, g),
+    "tail-adaptive": lambda m, g: infer.TraceTailAdaptive_ELBO(
+        vectorize_particles=True, **PARTICLES
+    ).loss_and_grads(m, g),
+    "tensor Monte Carlo": lambda m, g: infer.TraceTMC_ELBO(max_plate_nesting=1).loss(
+        m, infer.config_enumerate(g, "parallel", num_samples=3)
+    ),
+    "filter": lambda m, g: infer.SMCFilter(Filtered(m), Filtered(g), 3, 1).init(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Not enough tail samples")
+@pytest.mark.parametrize("estimate", WEIGHTED.values(), ids=WEIGHTED)
+def test_importance_weights_are_refused(bnn, model, estimate):
+    estimate(model, bnn.guide)
+    with pytest.raises(RuntimeError, match="no densities of draws"):
+        estimate(model, bnn.exact_kl())
+
+
+def test_other_sums_of_log_densities_are_right(bnn, data):
+    x, y = data
+
+    def make(enumerate):
+        def model():
+            with bnn.lift() as net:
+                mean = net(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(0.3), infer=enumerate)
+                pyro.sample("y", dist.Normal(mean + z, 0.5), obs=y.squeeze(-1))
+
+        return model
+
+    def beside(guide):
+        def joint():
+            guide()
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Bernoulli(0.5))
+
+        return joint
+
+    enumerated = make({"enumerate": "parallel"})
+    for elbo, model, wrap in (
+        (infer.TraceGraph_ELBO(), make({}), beside),
+        (infer.TraceEnum_ELBO(max_plate_nesting=1), enumerated, lambda guide: guide),
+    ):
+        found = losses(elbo, model, wrap(bnn.exact_kl()), 60)
+        expected = losses(elbo, model, wrap(bnn.guide), 60)
+        error = ((found.var() + expected.var()) / 60).sqrt()
+        assert (found.mean() - expected.mean()).abs() <= 4.5 * error
+
+
+def test_wake_sleep_replaces_values_by_draws(bnn, model):
+    elbo = infer.ReweightedWakeSleep(model_has_params=False, **PARTICLES)
+    found, expected = (
+        torch.tensor([elbo.loss(model, guide)[0] for _ in range(60)])
+        for guide in (bnn.exact_kl(), bnn.guide)
+    )
+    error = ((found.var() + expected.var()) / 60).sqrt()
+    assert (found.mean() - expected.mean()).abs() <= 4.5 * error

@@ -15,6 +15,7 @@ from pyro.infer import (
     JitTrace_ELBO,
     Predictive,
     RenyiELBO,
+    SMCFilter,
     Trace_ELBO,
     TraceMeanField_ELBO,
 )
@@ -576,3 +577,97 @@ def test_densities_of_whole_numbers_keep_their_digits():
     prior = BayesianModel(nn.Linear(2, 1, bias=False)).prior
     trace = poutine.trace(poutine.condition(prior, {"weight": torch.ones(1, 2).long()})).get_trace()
     assert trace.log_prob_sum().item() == pytest.approx(-1 - math.log(2 * math.pi))
+
+
+IMAGE = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 1))
+
+
+@pytest.mark.parametrize("latent", [None, "after", "before"])
+def test_inputs_as_many_as_draws(latent):
+    bnn, x = BayesianModel(IMAGE), torch.randn(4, 1, 8, 8)
+
+    def sample(when):
+        return pyro.sample("scale", dist.LogNormal(0.0, 1.0)) if latent == when else 1.0
+
+    def model():
+        scale = sample("before")
+        with bnn.lift() as net:
+            mean = (net(x) + net(x)).squeeze(-1)
+        scale = scale * sample("after")
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(mean, scale))
+
+    def guide():
+        bnn.guide()
+        sample(latent)
+
+    predictive = Predictive(model, guide=guide, num_samples=4, parallel=True)
+    if latent == "before":  # the images may have been made of the latent variable
+        with pytest.raises(ValueError, match="all 4 particles share"):
+            predictive()
+    else:
+        assert predictive()["y"].shape == (4, 4)
+
+
+VARYING = {
+    "enumerated": (nn.Linear(3, 1), dist.Categorical(torch.ones(3)),
+                   lambda x, z: x + z.unsqueeze(-1).float()),
+    "index": (nn.Embedding(12, 1), dist.Poisson(2.0), lambda x, z: z.long().clamp_max(11)),
+    "whole": (nn.Linear(12, 1), dist.Normal(0.0, 1.0), lambda x, z: z),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("particles", [3, 4])
+@pytest.mark.parametrize(("module", "prior", "make"), VARYING.values(), ids=VARYING)
+def test_inputs_that_vary_are_refused(data, module, prior, make, particles):
+    bnn, x = BayesianModel(module), data[0]
+    infer = {"enumerate": "parallel"} if prior.has_enumerate_support else {}
+
+    def model():
+        with bnn.lift() as net, pyro.plate("data", 12):
+            net(make(x, pyro.sample("z", prior, infer=infer)))
+
+    with pyro.plate("num_particles_vectorized", particles, dim=-2):
+        trace = poutine.trace(bnn.guide).get_trace()
+        run = poutine.enum(poutine.replay(model, trace), first_available_dim=-3)
+        with pytest.raises(ValueError, match=f"all {particles} particles share"):
+            poutine.trace(run).get_trace()
+
+
+def test_filter_runs_a_net_per_particle():
+    bnn = BayesianModel(nn.Linear(1, 1, bias=False), init_logvar=-4.0)
+    nn.init.constant_(bnn.means.weight, 2.0)
+
+    class Walk:
+        def __init__(self, statements):
+            self.statements = statements
+
+        def init(self, state):
+            if self.statements is None:
+                with bnn.lift() as net:
+                    start = net(torch.ones(1, 1)).reshape(-1)
+                state["z"] = pyro.sample("z", dist.Normal(start, 0.1))
+            else:
+                self.statements()
+                pyro.sample("z", dist.Normal(2.0, 0.2))
+
+    walks = Walk(None), Walk(bnn.guide)
+    smc = SMCFilter(*walks, num_particles=400, max_plate_nesting=0)
+    smc.init()
+    assert smc.get_empirical()["z"].mean.item() != 2
+    assert len(smc.state["z"].unique()) > 100
+
+    def inside():
+        with pyro.plate("particles", 4), bnn.lift():
+            pass
+
+    with pytest.raises(ValueError, match="outside of plates"):
+        Trace_ELBO().loss(inside, bnn.guide)
+
+
+def test_divergences_of_replayed_particles_count_each():
+    bnn = BayesianModel(nn.Linear(3, 1))
+    with pyro.plate("num_particles_vectorized", 5, dim=-1):
+        trace = poutine.trace(bnn.exact_kl()).get_trace()
+        replayed = poutine.trace(poutine.replay(bnn.prior, trace)).get_trace()
+    assert replayed.log_prob_sum().item() == pytest.approx(-5 * bnn.kl_divergence().item())
