@@ -108,8 +108,7 @@ class BayesianModel(InspectedModule):
         choices = select(base, include_params, exclude_params)
         parameters = dict(base.named_parameters())
         included = {c.name: parameters[c.name] for c in choices if c.included}
-        shapes = {name: parameter.shape for name, parameter in included.items()}
-        variances = prior_variances(prior_var, choices, shapes)
+        variances = prior_variances(prior_var, choices, included)
         prior = GaussianPrior(included, variance=variances, site_prefix=name or "")
         guide = MeanField(
             prior,
@@ -347,5 +346,5 @@ class BayesianModel(InspectedModule):
     def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
         if prior_var is None:
             return self._guide.variances
-        shapes = {name: mean.shape for name, (mean, _) in self._guide.posterior().items()}
-        return prior_variances(prior_var, self.choices, shapes)
+        means = {name: mean for name, (mean, _) in self._guide.posterior().items()}
+        return prior_variances(prior_var, self.choices, means)

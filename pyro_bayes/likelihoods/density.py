@@ -47,11 +47,6 @@ class Density(Likelihood):
             )
         return self.per_example(output, batch_dims)
 
-    def log_prob(self, output: Any, y: Tensor) -> Tensor:
-        log_prob = super().log_prob(output, y)
-        check_values("the log-density of y", log_prob, "finite real numbers")
-        return log_prob
-
     def predictive(
         self,
         bnn: Predictor,
@@ -91,6 +86,9 @@ class Density(Likelihood):
             ).samples
 
         return Predictive(_Densities(evaluate, num_samples, seed))
+
+    def _check_log_prob(self, log_prob: Tensor) -> None:
+        check_values("the log-density of y", log_prob, "finite real numbers")
 
     def _fit(self, output: Any, y: Any, batch_dims: int = 1) -> tuple[Distribution, Tensor]:
         # A density without conditions is the same for all examples.

@@ -28,7 +28,10 @@ class Likelihood(nn.Module, ABC):
     size of the dataset and the KL divergence are the business of :class:`pyro_bayes.ELBO`. What it
     learns of its own, as a scale of noise, are its parameters, without a prior.
 
-    To write one, return a distribution from :meth:`distribution`; all else follows from it.
+    To write one, return a distribution from :meth:`distribution`; all else follows from it, and only
+    from it: :meth:`log_prob` and :meth:`sample` cannot be overridden, or :class:`pyro_bayes.ELBO`,
+    SVI and predictions would mean different things. A distribution of torch may have a `log_prob`
+    of its own.
     :meth:`as_real` checks that an output is a tensor, and :meth:`per_example` makes one
     distribution per example. Let parameters be unconstrained.
 
@@ -40,6 +43,22 @@ class Likelihood(nn.Module, ABC):
         >>> Laplace().log_prob(torch.zeros(2, 3), torch.ones(2, 3)).shape
         torch.Size([2])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.check_definition()
+
+    def check_definition(self) -> None:
+        """Raises a `TypeError` if anything but :meth:`distribution` says what is likely."""
+        for name in ("log_prob", "sample"):
+            own = name in vars(self) or getattr(type(self), name) is not getattr(Likelihood, name)
+            if own:
+                raise TypeError(
+                    f"Expected {type(self).__name__} to define its densities by distribution()"
+                    f" alone, which ELBO, SVI and predictions share; got a {name}() of its own,"
+                    " which some of them would not ask. Return a distribution that has it: class"
+                    " Mine(pyro.distributions.Normal) with a log_prob(), for example."
+                )
 
     @abstractmethod
     def distribution(self, output: Any, *, batch_dims: int = 1) -> Distribution:
@@ -91,6 +110,7 @@ class Likelihood(nn.Module, ABC):
         """
         distribution, y = self._fit(output, y)
         log_prob: Tensor = distribution.log_prob(y)
+        self._check_log_prob(log_prob)
         return log_prob
 
     def sample(
@@ -226,6 +246,9 @@ class Likelihood(nn.Module, ABC):
                 " self.per_example(distribution, batch_dims)."
             )
         return distribution
+
+    def _check_log_prob(self, log_prob: Tensor) -> None:
+        """Checks log-densities, which are numbers where outputs, targets and scales are."""
 
     def _set_positive(self, name: str, value: float | Tensor, learn: bool) -> None:
         """Keeps the logarithm of a positive number, or of several, as a parameter or a buffer."""

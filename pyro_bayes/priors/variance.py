@@ -224,18 +224,20 @@ def total(divergences: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def prior_variances(prior_var: Any, choices: Sequence[Choice], shapes: Any) -> PriorVariances:
+def prior_variances(
+    prior_var: Any, choices: Sequence[Choice], parameters: Mapping[str, Tensor]
+) -> PriorVariances:
     """Returns the variances of the prior for the argument that a user gave.
 
     Arguments:
         prior_var: A number, `"empirical"`, an :class:`Empirical`, or any of these by pattern.
         choices: What selection decided about each parameter of the base.
-        shapes: The shapes of the included parameters by name.
+        parameters: The included parameters by name, or tensors of their shapes and dtypes.
 
     Raises:
         TypeError: If a pattern is not a string.
-        ValueError: If a value is none of these, a pattern matches nothing, a parameter has no
-            pattern, or it lacks a dimension.
+        ValueError: If a value is none of these or beyond the range of a parameter's dtype, a
+            pattern matches nothing, a parameter has no pattern, or it lacks a dimension.
     """
     names = {c.name: (c.name, *c.aliases) for c in choices if c.included}
     if isinstance(prior_var, Mapping):
@@ -245,7 +247,9 @@ def prior_variances(prior_var: Any, choices: Sequence[Choice], shapes: Any) -> P
         rules = dict.fromkeys(names, _rule(prior_var))
     for name, rule in rules.items():
         if isinstance(rule, Empirical):
-            rule.check(name, shapes[name])
+            rule.check(name, parameters[name].shape)
+        else:
+            _check_range(name, rule, parameters[name].dtype)
     return PriorVariances(rules)
 
 
@@ -256,6 +260,17 @@ def _rule(value: Any) -> float | Empirical:
         return Empirical()
     check_prior_var(value)
     return float(value)
+
+
+def _check_range(name: str, variance: float, dtype: torch.dtype) -> None:
+    dtype = torch.promote_types(dtype, torch.float32)  # in which posteriors are kept
+    tiny = torch.finfo(dtype).tiny
+    if not tiny <= variance <= 1 / tiny:
+        raise ValueError(
+            f"Expected prior_var to be between {tiny:.2g} and {1 / tiny:.2g} for '{name}', whose"
+            f" divergence is computed in {dtype}, where a smaller variance or its inverse is no"
+            f" number; got {variance:g}."
+        )
 
 
 def _is_dim(value: Any) -> bool:

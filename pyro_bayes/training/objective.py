@@ -168,8 +168,8 @@ class ELBO(nn.Module):
                 log_probs = self.likelihood.log_prob(net(*args, **kwargs), y)
             if log_probs.shape != y.shape[:1]:
                 raise ValueError(
-                    f"Expected {type(self.likelihood).__name__}.log_prob() to have one value per"
-                    f" example, the shape {tuple(y.shape[:1])}; got {tuple(log_probs.shape)}. It"
+                    f"Expected the distribution of {type(self.likelihood).__name__} to have one"
+                    f" log-probability per example, the shape {tuple(y.shape[:1])}; got {tuple(log_probs.shape)}. It"
                     " must not be reduced over examples."
                 )
             nlls.append(-log_probs.mean())
@@ -245,7 +245,8 @@ def check_parts(bnn: Any, likelihood: Any, num_data: Any) -> None:
         num_data: What should be a number of examples.
 
     Raises:
-        TypeError: If the model or the likelihood is something else, as a loss function.
+        TypeError: If the model or the likelihood is something else, as a loss function, or the
+            likelihood has two definitions.
         ValueError: If the number is not a positive integer.
     """
     if not isinstance(bnn, BayesianModel):
@@ -264,6 +265,7 @@ def check_parts(bnn: Any, likelihood: Any, num_data: Any) -> None:
             "Expected likelihood to be a likelihood, which has the log-probability of each"
             f" example, and not a loss, which may be reduced or scaled; got {name}. {fix}"
         )
+    likelihood.check_definition()
     if not is_count(num_data):
         raise ValueError(
             "Expected num_data to be the number of examples in the whole training set, an integer"

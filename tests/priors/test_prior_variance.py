@@ -392,6 +392,8 @@ ERRORS = {
         "pattern of prior_var .*'0.', all .* before wider ones.$",
     ),
     "key": ({1: 1.0}, TypeError, "prior_var"),
+    "beyond single precision": ({"0.": 1.0, "2.": 1e-40}, ValueError, "'2.weight'.*got 1e-40"),
+    "above single precision": (1e300, ValueError, "float32, where .*got 1e\\+300"),
     "dimension": (Empirical(each=1), ValueError, "each=1 for '0.bias'"),
     "none": (None, ValueError, "prior_var"),
 }

@@ -458,17 +458,24 @@ def test_svi_models_are_pickled_for_spawned_chains(bnn, data):
 # Errors
 
 
-class Reduced(Gaussian):
-    def log_prob(self, output, y):
-        return super().log_prob(output, y).mean()
+class Reduced(dist.Normal):
+    def log_prob(self, value):
+        return super().log_prob(value).mean()
 
 
-class Elementwise(Likelihood):
+class Reducing(Likelihood):
     def distribution(self, output, *, batch_dims=1):
-        return dist.Normal(output, 1.0).to_event(output.dim() - batch_dims)
+        return Reduced(output.squeeze(-1), 1.0)
 
+
+class Overriding(Gaussian):
     def log_prob(self, output, y):
-        return dist.Normal(output, 1.0).log_prob(y)
+        return 2 * super().log_prob(output, y)
+
+
+class Sampling(Gaussian):
+    def sample(self, name, output, y=None, *, batch_dims=1):
+        return super().sample(name, output, 2 * y, batch_dims=batch_dims)
 
 
 LOSSES = {
@@ -556,12 +563,21 @@ def test_num_data_is_not_less_than_a_training_batch(bnn, data):
     assert objective.eval()(*data).isfinite()  # validation batches may be larger
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "shape"), [(Reduced(1.0), r"\(\)"), (Elementwise(), r"\(12, 1\)")]
-)
-def test_log_prob_has_one_value_per_example(bnn, data, likelihood, shape):
-    with pytest.raises(ValueError, match=rf"one value per example, the shape \(12,\); got {shape}"):
-        ELBO(bnn, likelihood, N)(*data)
+def test_log_prob_has_one_value_per_example(bnn, data):
+    x, y = data
+    with pytest.raises(ValueError, match=r"per example, the shape \(12,\); got \(\)"):
+        ELBO(bnn, Reducing(), N)(x, y.squeeze(-1))
+
+
+@pytest.mark.parametrize("kind", [Overriding, Sampling])
+def test_likelihoods_have_one_definition(bnn, kind):
+    with pytest.raises(TypeError, match=r"by distribution\(\) alone"):
+        kind(1.0)
+    for make in (ELBO, svi_model):
+        likelihood = Gaussian(1.0)
+        likelihood.log_prob = lambda output, y: -(output - y).abs()
+        with pytest.raises(TypeError, match=r"got a log_prob\(\) of its own"):
+            make(bnn, likelihood, N)
 
 
 def test_bad_input_leaves_everything_as_it_was(bnn, data):
