@@ -28,10 +28,9 @@ class Likelihood(nn.Module, ABC):
     size of the dataset and the KL divergence are the business of :class:`pyro_bayes.ELBO`. What it
     learns of its own, as a scale of noise, are its parameters, without a prior.
 
-    To write one, return a distribution from :meth:`distribution`; all else follows from it, and only
-    from it: :meth:`log_prob` and :meth:`sample` cannot be overridden, or :class:`pyro_bayes.ELBO`,
-    SVI and predictions would mean different things. A distribution of torch may have a `log_prob`
-    of its own.
+    To write one, return a distribution from :meth:`distribution`. All else follows from it alone:
+    :meth:`log_prob` and :meth:`sample` cannot be overridden, or :class:`pyro_bayes.ELBO`, SVI and
+    predictions would mean different things. A distribution may have a `log_prob` of its own.
     :meth:`as_real` checks that an output is a tensor, and :meth:`per_example` makes one
     distribution per example. Let parameters be unconstrained.
 

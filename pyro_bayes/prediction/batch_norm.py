@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_bayes.base.freshness import Model, is_fresh, mark, running_norms
 from pyro_bayes.base.state import Buffers
-from pyro_bayes.prediction.batches import arguments, each_batch
+from pyro_bayes.prediction.batches import arguments, called, each_batch
 
 
 class Reparameterized(Model, Protocol):
@@ -63,12 +63,11 @@ def update_batch_norm(bnn: Reparameterized, loader: Iterable[Any]) -> None:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
         for x in each_batch(loader):
-            args, kwargs = arguments(x)
             with bnn.reparameterize() as base, torch.no_grad():
                 base.eval()
                 for norm in norms:
                     norm.train()
-                base(*args, **kwargs)
+                called(base, *arguments(x))
         if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
             raise ValueError(
                 "Expected statistics that are finite; got nan or inf. Are the inputs and the"

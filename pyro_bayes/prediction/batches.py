@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -43,6 +43,38 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(x, Mapping):
         return (), x
     return (tuple(x) if type(x) in (list, tuple) else (x,)), {}
+
+
+def called(net: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Calls a network.
+
+    Arguments:
+        net: The network.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+
+    Raises:
+        TypeError: If the inputs are of another precision than the network's parameters, and it
+            cannot be called with them.
+    """
+    try:
+        return net(*args, **kwargs)
+    except RuntimeError as error:
+        if isinstance(net, nn.Module) and "type" in str(error):
+            _check_precision((args, dict(kwargs)), net, error)
+        raise
+
+
+def _check_precision(inputs: Any, net: nn.Module, error: Exception) -> None:
+    here = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    tensors = (leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
+    other = {leaf.dtype for leaf in tensors if leaf.is_floating_point()} - here
+    if other and len(here) == 1:
+        dtype, got = next(iter(here)), next(iter(other))
+        raise TypeError(
+            f"Expected inputs of {dtype}, as the network's parameters are; got some of {got}"
+            f" ({error}). Pass x.to({dtype}), or convert the model by bnn.to({got})."
+        ) from error
 
 
 def parts(batch: Any) -> Any:

@@ -29,7 +29,7 @@ from pyro_bayes.base.torch_private import (
 )
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.posterior.sampling import WeightDraws
-from pyro_bayes.prediction.batches import arguments, each_batch, inputs, parts, signature
+from pyro_bayes.prediction.batches import arguments, called, each_batch, inputs, parts, signature
 from pyro_bayes.prediction.statistics import Result, RunningStatistics, joined
 
 Function: TypeAlias = Callable[..., Any]
@@ -142,7 +142,15 @@ def predict(
         run = _Run(base, hold, draws, keys, chunk_size, bar)
         results = []
         for call in [single] if single else _calls(x, function):
-            results.append(run(call))
+            try:
+                results.append(run(call))
+            except TypeError as error:
+                if type(x) is not list or not all(isinstance(part, Tensor) for part in x):
+                    raise
+                raise TypeError(
+                    f"{error} (A list is an iterable of batches: pass tuple(x) if it holds the"
+                    " arguments of one call.)"
+                ) from error
     statistic = results[0] if single else joined(results)
     fields = {key: run.rebuild([tensor[key] for tensor in statistic]) for key in keys}
     mean, variance, samples = (fields.get(name) for name in _STATISTICS)
@@ -160,7 +168,7 @@ def _call(x: Any, function: Function | None) -> _Call:
     """Returns the call of the base, or of a function of the base, with inputs."""
     args, kwargs = arguments(x)
     if function is None:
-        return _Call(lambda base: base(*args, **kwargs), signature(x))
+        return _Call(lambda base: called(base, args, kwargs), signature(x))
     return _Call(lambda base: function(base, *args, **kwargs), None)
 
 

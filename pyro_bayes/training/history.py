@@ -15,7 +15,9 @@ class History:
         kl: The KL divergence divided by the size of the dataset, without a weight.
         loss: What was minimised: `nll` and the weighted `kl`.
         learning_rate: The learning rate of the optimiser's first group at the end.
-        validation: The mean negative log-likelihood of a validation example, if there are any.
+        validation: The mean negative log-density of a validation example, if there are any, under
+            the mixture over draws: for a well-trained posterior, it is below `nll`, which is the
+            mean under single draws.
 
     Example:
         >>> history = History(nll=[2.0, 1.0], kl=[0.5, 0.25], validation=[1.5, 1.75])

@@ -31,6 +31,7 @@ def fit(
     optimizer: Optimizer,
     scheduler: LRScheduler | None = None,
     validation: Iterable[Any] | None = None,
+    validation_samples: int = 10,
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | os.PathLike[str] | None = None,
@@ -80,9 +81,12 @@ def fit(
         scheduler: The scheduler of the learning rate. It advances with each step of the optimiser,
             so that its periods are numbers of steps. A `ReduceLROnPlateau` is given the validation
             loss after each epoch, or the loss without validation.
-        validation: Gives batches as `loader` does. Their mean negative log-likelihood under draws
-            of the weights is computed after each epoch, in evaluation mode, with the same noise
-            each time.
+        validation: Gives batches as `loader` does. After each epoch, their mean negative
+            log-density under the mixture over draws of the weights is computed,
+            :math:`-\log \frac{1}{S} \sum_s p(y_i \mid x_i, \theta_s)`, as predictions have it, in
+            evaluation mode, with the same noise each time.
+        validation_samples: The number :math:`S` of these draws, each of which costs a forward pass
+            of all validation batches. Fewer are quicker, and overestimate the loss.
         patience: After how many epochs in a row without a lower validation loss to stop. If given,
             the objective has the state of the best epoch in the end.
         callbacks: Functions of a :class:`~pyro_bayes.training.State`, called after each epoch. What
@@ -129,6 +133,7 @@ def fit(
         (50, True)
     """
     _check(objective, optimizer, scheduler)
+    check_count("validation_samples", validation_samples)
     _check_options(epochs, validation, patience, callbacks, checkpoint_every, precision)
     file = _file(checkpoint, resume=resume)
     place = next(objective.parameters()).device if device is None else torch.device(device)
@@ -142,6 +147,7 @@ def fit(
         optimizer=optimizer,
         scheduler=scheduler,
         held_out=held_out,
+        validation_samples=validation_samples,
         patience=patience,
         callbacks=tuple(callbacks),
         file=file,

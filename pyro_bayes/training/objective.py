@@ -13,7 +13,7 @@ from pyro_bayes.base.checks import check_batch, check_count, is_count, is_number
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.noise.context import context_noise
-from pyro_bayes.prediction.batches import arguments
+from pyro_bayes.prediction.batches import arguments, called
 from pyro_bayes.training.schedule import Schedule
 
 _LOSSES = {
@@ -165,12 +165,12 @@ class ELBO(nn.Module):
                 kl,
             ):
                 # Inside the context, because flows compute their density with the network.
-                log_probs = self.likelihood.log_prob(net(*args, **kwargs), y)
+                log_probs = self.likelihood.log_prob(called(net, args, kwargs), y)
             if log_probs.shape != y.shape[:1]:
                 raise ValueError(
                     f"Expected the distribution of {type(self.likelihood).__name__} to have one"
-                    f" log-probability per example, the shape {tuple(y.shape[:1])}; got {tuple(log_probs.shape)}. It"
-                    " must not be reduced over examples."
+                    f" log-probability per example, the shape {tuple(y.shape[:1])}; got"
+                    f" {tuple(log_probs.shape)}. It must not be reduced over examples."
                 )
             nlls.append(-log_probs.mean())
         if self.training:
@@ -180,7 +180,7 @@ class ELBO(nn.Module):
 
     def _log_probs(self, y: Tensor) -> Callable[..., Tensor]:
         """Returns the log-probability of targets as a function of the network and its inputs."""
-        return lambda net, *args, **kwargs: self.likelihood.log_prob(net(*args, **kwargs), y)
+        return lambda net, *args, **kwargs: self.likelihood.log_prob(called(net, args, kwargs), y)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Computes the loss.

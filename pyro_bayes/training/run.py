@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +27,7 @@ from pyro_bayes.base.state import (
 )
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.likelihoods.targets import check_labels
-from pyro_bayes.prediction.batches import Batch, Batches, generators
+from pyro_bayes.prediction.batches import Batch, Batches, arguments, called, generators
 from pyro_bayes.training import checkpoint, finite
 from pyro_bayes.training.history import History
 from pyro_bayes.training.objective import ELBO
@@ -83,6 +84,7 @@ class Run:
         optimizer: Optimizer,
         scheduler: Any,
         held_out: Batches | None,
+        validation_samples: int,
         patience: int | None,
         callbacks: Sequence[Callback],
         file: Path | None,
@@ -93,6 +95,7 @@ class Run:
         self.history = History()
         self._objective, self._batches, self._held_out = objective, batches, held_out
         self._optimizer, self._scheduler = optimizer, scheduler
+        self._validation_samples = validation_samples
         self._patience, self._callbacks = patience, callbacks
         self._file, self._every = file, every
         self._device, self._precision = device, precision
@@ -112,7 +115,7 @@ class Run:
             {
                 "processes": processes.count(),
                 "generators of the loaders": len(self._generators),
-                "validation": self._held_out is not None,
+                "validation": self._held_out is not None and self._validation_samples,
                 "patience": self._patience is not None,
             },
         )
@@ -214,16 +217,24 @@ class Run:
             restore_random_state(states, self._device, self._generators)
 
     def _validation(self, count: int | None = None) -> float | None:
-        """Returns the mean negative log-likelihood of a validation example over all processes."""
+        """Returns the mean negative log-density of a validation example over all processes."""
         if self._held_out is None:
             return None
         nll = examples = 0.0
         with evaluating(self._objective), seeded(_SEED), self._cast():
-            for x, y in islice(self._held_out, count):
-                nll += float(self._objective.terms(x, y).nll) * len(y)
-                examples += len(y)
+            for batch in islice(self._held_out, count):
+                nll -= float(self._log_densities(batch).sum())
+                examples += len(batch.y)
         nll, examples = processes.total((nll, examples), self._device)
         return nll / examples
+
+    def _log_densities(self, batch: Batch) -> Tensor:
+        """Returns the log-densities of targets under the mixture over draws of the weights."""
+        model, likelihood, log_probs = self._objective.model, self._objective.likelihood, []
+        for _ in range(self._validation_samples):
+            with model.reparameterize() as net:
+                log_probs.append(likelihood.log_prob(called(net, *arguments(batch.x)), batch.y))
+        return torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
 
     def _is_enough(self, epochs: int) -> bool:
         history = self.history

@@ -15,7 +15,7 @@ from pyro_bayes.base.checks import check_batch
 from pyro_bayes.base.swap import Swap
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
-from pyro_bayes.prediction.batches import arguments
+from pyro_bayes.prediction.batches import arguments, called
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.particles import Particles
 from pyro_bayes.training.objective import check_parts
@@ -76,7 +76,7 @@ class _Model:
     def __call__(self, x: Any, y: Tensor | None = None) -> Tensor:
         args, kwargs = arguments(x)
         with self._bnn.lift() as net, _stated(self._likelihood):
-            output = net(*args, **kwargs)
+            output = called(net, args, kwargs)
             batch_dims = 2 if isinstance(net, Particles) else 1
             if y is None:
                 distribution = self._likelihood.distribution(output, batch_dims=batch_dims)

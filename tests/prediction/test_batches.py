@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_bayes import ELBO, BayesianModel, evaluate, fit
+from pyro_bayes import ELBO, BayesianModel, evaluate, fit, svi_model
+from pyro_bayes.evaluation import to_arviz
 from pyro_bayes.likelihoods import Gaussian
 from pyro_bayes.prediction.batch_norm import update_batch_norm
 from pyro_bayes.prediction.batches import arguments, each_batch, inputs, parts
+from pyro_bayes.training import diagnose
 
 A, B, Y = torch.randn(2, 3), torch.randn(2, 1), torch.zeros(2, 1)
 Pair, Three = namedtuple("Pair", "x y"), namedtuple("Three", "a b c")
@@ -141,3 +143,68 @@ def test_several_inputs_from_a_loader(named):
     others = evaluate(bnn, likelihood, [(whole, y)], 10, ood=x_alone, generator=source())
     assert dict(scores) == pytest.approx(dict(others), rel=1e-4)
     assert scores["auroc_total"] == 0.5
+
+
+def of_model(call):
+    """Returns a function of a model, its objective and a batch."""
+    return lambda bnn, objective, x, y: call(bnn, x, y)
+
+
+LIKELIHOOD = Gaussian(1.0)
+READERS = {
+    "objective": lambda bnn, objective, x, y: objective(x, y),
+    "fit": lambda bnn, objective, x, y: fit(
+        objective, [(x, y)], 1, optimizer=torch.optim.SGD(objective.parameters(), lr=0.0)
+    ),
+    "diagnose": lambda bnn, objective, x, y: diagnose(objective, [(x, y)], 2),
+    "svi_model": of_model(lambda bnn, x, y: svi_model(bnn, LIKELIHOOD, 8)(x, y)),
+    "predict": of_model(lambda bnn, x, y: bnn.predict([[x, y]], 5)),
+    "predictive": of_model(lambda bnn, x, y: LIKELIHOOD.predictive(bnn, [[x, y]], 5)),
+    "evaluate": of_model(lambda bnn, x, y: evaluate(bnn, LIKELIHOOD, [[x, y]], 5, ood=[[x, y]])),
+    "to_arviz": of_model(
+        lambda bnn, x, y: to_arviz(bnn, 5, likelihood=LIKELIHOOD, loader=[[x, y]])
+    ),
+    "update_batch_norm": of_model(lambda bnn, x, y: update_batch_norm(bnn, [[x, y]])),
+}
+A8, B8 = torch.randn(8, 2), torch.randn(8, 3)
+KINDS = {
+    "list": [A8, B8],
+    "tuple": (A8, B8),
+    "dictionary": {"a": A8, "b": B8},
+    "another mapping": UserDict(a=A8, b=B8),
+    "nested": [A8, [B8[:, :1], B8[:, 1:]]],
+}
+
+
+class Joining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(5), nn.Linear(5, 1)
+
+    def forward(self, a, b):
+        b = b if isinstance(b, torch.Tensor) else torch.cat(list(b), -1)
+        return self.linear(self.norm(torch.cat([a, b], -1)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nothing is learned here
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_every_reader_takes_inputs_of_every_kind(read):
+    bnn = BayesianModel(Joining(), init_logvar=-4.0)
+    objective = ELBO(bnn, LIKELIHOOD, 8)
+    for x in KINDS.values():
+        read(bnn, objective, x, torch.zeros(8, 1))
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_inputs_of_another_precision_teach(read):
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    bnn = BayesianModel(net)
+    objective = ELBO(bnn, LIKELIHOOD, 8, local_trick=True)
+    with pytest.raises(TypeError, match=r"inputs of torch\.float32, .*got some of torch\.float64"):
+        read(bnn, objective, A8.double(), torch.zeros(8, 1))
+
+
+def test_a_list_of_arguments_is_no_loader():
+    bnn = BayesianModel(Joining()).eval()
+    with pytest.raises(TypeError, match=r"A list is an iterable of batches: pass tuple\(x\)"):
+        bnn.predict([A8, B8], 5)

@@ -262,7 +262,7 @@ OTHERS = {
     "num_data": ({"count": 25, "data": TensorDataset(torch.randn(25, 3), torch.randn(25, 1))},
                  "num_data: 24 in the file, 25 here"),
     "optimizer": (sgd, "(?s)optimizer: Adam .* SGD .*scheduler: CosineAnnealingLR"),
-    "no validation": ({"validation": None, "patience": None}, "validation: True in the file"),
+    "no validation": ({"validation": None, "patience": None}, "validation: 10 in the file"),
 }  # fmt: skip
 
 

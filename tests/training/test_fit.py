@@ -152,9 +152,23 @@ def test_validation_has_its_own_noise_and_leaves_training_alone():
     torch.manual_seed(0)
     held_out = list(loader)
     torch.manual_seed(0)
-    fit(objective, loader, 2, optimizer=adam(objective), validation=held_out)
+    options = {"validation": held_out, "validation_samples": 2}
+    fit(objective, loader, 2, optimizer=adam(objective), **options)
     assert same(state(plain), state(objective))
-    assert seen == [False] + 2 * (3 * [True] + 3 * [False])  # the first is a rehearsal
+    assert seen == 2 * [False] + 2 * (3 * [True] + 6 * [False])  # the first are a rehearsal
+
+
+@STILL
+def test_validation_is_of_the_mixture_that_users_predict_with():
+    objective, loader = make(nn.Linear(3, 1))
+    torch.nn.init.constant_(objective.model.logvars.weight, 1.0)
+    options = {"validation": list(loader), "validation_samples": 200}
+    sgd = torch.optim.SGD(objective.parameters(), lr=0.0)
+    history = fit(objective, loader, 1, optimizer=sgd, **options)
+    x, y = (torch.cat(parts) for parts in zip(*options["validation"], strict=True))
+    predictive = objective.likelihood.predictive(objective.model, x, 5000)
+    assert history.validation[0] == pytest.approx(-predictive.log_prob(y).mean().item(), rel=0.05)
+    assert history.validation[0] < history.nll[0] / 2
 
 
 @STILL

@@ -152,6 +152,7 @@ CASES = {
     "no epochs": (put(epochs=0), ValueError, "epochs to be an integer of at least 1; got 0"),
     "half an epoch": (put(epochs=0.5), ValueError, "epochs to be an integer"),
     "patience": (put(patience=0), ValueError, "patience to be an integer"),
+    "no samples": (put(validation_samples=0), ValueError, "validation_samples to be an integer"),
     "patience alone": (put(patience=3), ValueError, "validation, whose loss"),
     "callbacks": (put(callbacks=[3]), TypeError, "callbacks to be a list of functions"),
     "one callback": (put(callbacks=print), TypeError, "callbacks to be a list of functions"),
