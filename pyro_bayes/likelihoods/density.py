@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
+from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.state import draw_seed, fingerprint, seeded
 from pyro_bayes.likelihoods.likelihood import Likelihood
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values
+from pyro_bayes.prediction.batches import called, each_batch
 from pyro_bayes.prediction.predict import Predictor
-
-_MOMENT_SAMPLES = 256
 
 
 class Density(Likelihood):
@@ -31,13 +31,26 @@ class Density(Likelihood):
 
     The predictive mixture evaluates the base again whenever it is asked for something, with the
     same draws, which is an error once the model has changed. Its mean and variances are estimated
-    from 256 samples of each draw, and its quantiles are those of 1000 samples.
+    from samples of each draw, of which the epistemic variance leaves the noise of the samples out,
+    and its quantiles are those of 1000 samples.
+
+    Arguments:
+        moment_samples: The number of samples of each draw that moments are estimated from, at least
+            2. For most flows, sampling takes all of the time.
+
+    Raises:
+        ValueError: If `moment_samples` is less than 2.
 
     Example:
         >>> from torch.distributions import Exponential
         >>> Density().log_prob(Exponential(torch.ones(2)), torch.tensor([0.5, 1.0]))
         tensor([-0.5000, -1.0000])
     """
+
+    def __init__(self, *, moment_samples: int = 32) -> None:
+        super().__init__()
+        check_count("moment_samples", moment_samples, least=2)
+        self.moment_samples = int(moment_samples)
 
     def distribution(self, output: Any, *, batch_dims: int = 1) -> Distribution:
         if not isinstance(output, Distribution):
@@ -56,36 +69,38 @@ class Density(Likelihood):
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
     ) -> Predictive:
-        if not isinstance(x, Tensor | Mapping | tuple):
-            raise TypeError(
-                "Expected x to be a tensor, a tuple or a dictionary of arguments; got"
-                f" {type(x).__name__}. Predict batch by batch."
-            )
+        single = isinstance(x, Tensor | Mapping | tuple)
+        batches = [x] if single else list(each_batch(x, name="x"))
         source = torch.default_generator if generator is None else generator
         state, before = source.get_state(), fingerprint(bnn.parameters())
         seed = draw_seed(source)
 
         def evaluate(
-            function: Callable[[Distribution], Any], draws: int = num_samples, *, samples: bool
+            function: Callable[..., Any],
+            draws: int = num_samples,
+            *,
+            samples: bool,
+            targets: Sequence[Any] | None = None,
         ) -> Any:
             if fingerprint(bnn.parameters()) != before:
                 raise RuntimeError(
                     "Expected the model as it was when predictive() was called; got one that has"
                     " changed since. A density is evaluated when asked for: call it again."
                 )
+            pairs = zip(batches, targets or [()] * len(batches), strict=True)
             return bnn.predict(
-                x,
+                [((x, y),) for x, y in pairs],
                 draws,
                 statistics="samples",
-                function=lambda net, *args, **kwargs: function(
-                    self._of_examples(net(*args, **kwargs), 1)
+                function=lambda net, pair: function(
+                    self._of_examples(called(net, pair[0]), 1), *pair[1]
                 ),
                 generator=torch.Generator(source.device).set_state(state),
                 # torch.vmap does not batch the noise of distributions.
                 chunk_size=1 if samples else chunk_size,
             ).samples
 
-        return Predictive(_Densities(evaluate, num_samples, seed))
+        return Predictive(_Densities(evaluate, num_samples, seed, self.moment_samples))
 
     def _check_log_prob(self, log_prob: Tensor) -> None:
         check_values("the log-density of y", log_prob, "finite real numbers")
@@ -104,30 +119,39 @@ class _Densities(Distribution):
         evaluate: Evaluates a function of the base's distribution for all draws, or the first ones.
         num_samples: The number :math:`S` of draws.
         seed: The seed of the samples that moments are estimated from.
+        moment_samples: The number of these samples of each draw.
     """
 
     arg_constraints = {}  # noqa: RUF012
 
-    def __init__(self, evaluate: Callable[..., Any], num_samples: int, seed: int) -> None:
-        self._evaluate, self._seed = evaluate, seed
+    def __init__(
+        self, evaluate: Callable[..., Any], num_samples: int, seed: int, moment_samples: int
+    ) -> None:
+        self._evaluate, self._seed, self._moment_samples = evaluate, seed, moment_samples
         shapes: list[tuple[Size, Size]] = []
 
         def note(d: Distribution) -> Tensor:
             shapes.append((d.batch_shape, d.event_shape))
-            return torch.zeros(())
+            return torch.zeros(d.batch_shape)
 
         evaluate(note, 1, samples=True)
-        (batch, event), *_ = shapes
-        super().__init__(Size([num_samples, *batch]), event, validate_args=False)
+        self._sizes = [batch[0] for batch, _ in shapes]
+        super().__init__(Size([num_samples, sum(self._sizes)]), shapes[0][1], validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_prob: Tensor = self._evaluate(lambda d: d.log_prob(value), samples=False)
+        targets = [(part,) for part in value.split(self._sizes)]
+        log_prob: Tensor = self._evaluate(
+            lambda d, y: d.log_prob(y), samples=False, targets=targets
+        )
         return log_prob
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:  # noqa: B008
         sample_shape = Size(sample_shape)
-        samples: Tensor = self._evaluate(lambda d: d.sample(sample_shape), samples=True)
-        return samples.movedim(0, len(sample_shape))
+        dims = len(sample_shape)
+        samples: Tensor = self._evaluate(
+            lambda d: d.sample(sample_shape).movedim(dims, 0), samples=True
+        )
+        return samples.movedim((0, 1), (dims, dims + 1))
 
     @property
     def mean(self) -> Tensor:
@@ -139,10 +163,16 @@ class _Densities(Distribution):
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
+        count = self._moment_samples
+
         def moments(d: Distribution) -> tuple[Tensor, Tensor]:
-            variance, mean = torch.var_mean(d.sample(Size([_MOMENT_SAMPLES])), 0)
+            variance, mean = torch.var_mean(d.sample(Size([count])), 0)
             return mean, variance
 
         with seeded(self._seed):
-            of_draws: tuple[Tensor, Tensor] = self._evaluate(moments, samples=True)
-        return of_draws
+            means, variances = self._evaluate(moments, samples=True)
+        # Means of samples spread by the noise of the samples too: shrink them by as much.
+        mean, spread = means.mean(0), means.var(0, correction=0)
+        excess = variances.mean(0) / count * (1 - 1 / len(means))
+        share = ((spread - excess) / spread).nan_to_num(nan=0.0).clamp_min(0)
+        return mean + share.sqrt() * (means - mean), variances

@@ -279,6 +279,7 @@ ERRORS = {
     "output is no distribution": (
         lambda: Density().log_prob(row, row), TypeError, "that is a distribution; got Tensor",
     ),
+    "one sample": (lambda: Density(moment_samples=1), ValueError, "moment_samples to be .*least 2"),
     "output of integers": (
         lambda: Gaussian(1.0).log_prob(ones.long(), row), ValueError, "of real numbers",
     ),
@@ -340,12 +341,6 @@ def test_check_raises_what_log_prob_raises():
     with pytest.raises(ValueError, match="squeeze"):
         Gaussian(1.0).check(column, row)
     Gaussian(1.0).check(row, row)
-
-
-def test_density_of_batches_is_predicted_batch_by_batch():
-    bnn = BayesianModel(Base(CASES["Density"]))
-    with pytest.raises(TypeError, match="Predict batch by batch"):
-        Density().predictive(bnn, [torch.randn(2, 3)])
 
 
 def test_scales_keep_their_shape():

@@ -219,7 +219,9 @@ class Flow(nn.Module):
 def test_moments_of_a_density_are_near_the_exact_ones():
     bnn, x = BayesianModel(Flow(), init_logvar=-1.0), torch.randn(B, 3)
     state = torch.get_rng_state()
-    predictive = Density().predictive(bnn, x, 200, generator=torch.Generator().manual_seed(0))
+    predictive = Density(moment_samples=100).predictive(
+        bnn, x, 200, generator=torch.Generator().manual_seed(0)
+    )
     means = bnn.predict(
         lambda net: net.mean(x), 200, statistics="samples",
         generator=torch.Generator().manual_seed(0),
@@ -231,6 +233,30 @@ def test_moments_of_a_density_are_near_the_exact_ones():
     assert predictive.quantile(0.5).shape == (B, 2)
     with pytest.raises(NotImplementedError):
         predictive.cdf(torch.zeros(B, 2))
+
+
+def test_epistemic_variance_of_a_density_leaves_the_noise_of_samples_out():
+    bnn, x = BayesianModel(Flow(), init_logvar=-4.0), torch.randn(B, 3)
+    predictive = Density(moment_samples=4).predictive(bnn, x, 800)
+    exact = x.square().sum(1, keepdim=True).add(1) * 0.0183
+    close(predictive.epistemic, exact.expand(B, 2), 0.02)  # 0.0625 more with the noise
+    close(predictive.aleatoric, torch.full((B, 2), 0.25), 0.02)
+
+
+def test_densities_of_a_loader():
+    bnn, x, y = BayesianModel(Flow(), init_logvar=-1.0), torch.randn(B, 3), torch.randn(B, 2)
+
+    def predict(x):
+        return Density().predictive(bnn, x, 20, generator=torch.Generator().manual_seed(0))
+
+    whole = predict(x)
+    for loader in ([x[:2], x[2:]], [(x[:2], y[:2]), [[x[2:]], y[2:]]], iter([{"x": x}])):
+        batched = predict(loader)
+        close(batched.log_prob(y), whole.log_prob(y), 1e-5)
+        assert batched.sample(7).shape == (7, B, 2)
+        close(batched.mean, whole.mean, 0.5)
+    with pytest.raises(ValueError, match="Expected y of the shape"):
+        predict([x]).log_prob(y[:2])
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4])
