@@ -122,10 +122,19 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[float, ...]:
     numbers: list[float] = []
     for tensor in tensors:
         if not tensor.is_meta:
-            values = tensor.detach()
+            values = where_double(tensor.detach())
             numbers.append(float(values.sum(dtype=torch.double)))
             numbers.append(float(torch.linalg.vector_norm(values, dtype=torch.double)))
     return tuple(numbers)
+
+
+def where_double(x: Tensor) -> Tensor:
+    """Returns a tensor where double precision exists: as it is, or on the CPU for Apple's GPUs.
+
+    Arguments:
+        x: The tensor.
+    """
+    return x.cpu() if x.device.type == "mps" else x
 
 
 # Random numbers

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.extras import require
+from pyro_bayes.base.state import where_double
 
 
 def brier_score(probs: Tensor, labels: Tensor) -> Tensor:
@@ -174,13 +175,14 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
             "Expected a score inside and one outside at least; got"
             f" {len(inside)} and {len(outside)}."
         )
-    scores = torch.cat([inside, outside])
+    scores = where_double(torch.cat([inside, outside]))
     if scores.isnan().any():
         return scores.new_tensor(torch.nan)
     values, ranks = scores.unique(return_inverse=True)
-    labels = torch.cat([torch.zeros_like(inside), torch.ones_like(outside)]).long()
+    labels = (torch.arange(len(scores), device=scores.device) >= len(inside)).long()
     # In double precision, ranks stay distinct.
-    return binary_auroc(ranks.double() / len(values), labels, validate_args=False).float()
+    area = binary_auroc(ranks.double() / len(values), labels, validate_args=False)
+    return area.float().to(inside.device)
 
 
 def _checked(confidence: Tensor, correct: Tensor, bins: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_bayes.base.checks import is_number
+from pyro_bayes.base.state import where_double
 from pyro_bayes.base.torch_private import tree_leaves
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values, fit_target
@@ -258,11 +259,16 @@ class Likelihood(nn.Module, ABC):
             )
         if not isinstance(learn, bool):
             raise TypeError(f"Expected learn to be True or False; got {learn!r}.")
-        values = torch.as_tensor(value, dtype=torch.double).detach()
+        given = (
+            value.detach()
+            if isinstance(value, Tensor)
+            else torch.tensor(float(value), dtype=torch.double)
+        )
+        values = where_double(given).double()
         if not ((values > 0) & (values < math.inf)).all():
             raise ValueError(f"Expected {name} to be positive and finite; got {value}.")
         dtype = value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()
-        log = values.log().to(dtype)
+        log = values.log().to(given.device, dtype)
         if learn:
             self.register_parameter(f"log_{name}", nn.Parameter(log))
         else:

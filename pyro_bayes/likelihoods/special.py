@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.state import where_double
+
 
 def wide(x: Tensor) -> Tensor:
     """Returns a tensor in double precision, where its device has that.
@@ -41,9 +43,8 @@ def betainc(a: Tensor, b: Tensor, x: Tensor, *, complement: Tensor) -> Tensor:
         tensor(0.5100)
     """
     with torch.no_grad():
-        a, b, u, v = torch.broadcast_tensors(
-            a.double(), b.double(), x.double(), complement.double()
-        )
+        parts = [where_double(part).double() for part in (a, b, x, complement)]
+        a, b, u, v = torch.broadcast_tensors(*parts)
         # The fraction converges fast on the left of the mean only.
         mirrored = u > (a + 1) / (a + b + 2)
         a, b = torch.where(mirrored, b, a), torch.where(mirrored, a, b)
@@ -51,7 +52,7 @@ def betainc(a: Tensor, b: Tensor, x: Tensor, *, complement: Tensor) -> Tensor:
         logs = torch.special.xlogy(a, u) + torch.special.xlogy(b, v)
         front = (logs + (a + b).lgamma() - a.lgamma() - b.lgamma()).exp() / a
         value = front / _fraction(a, b, u, max(torch.finfo(x.dtype).eps / 64, 1e-15))
-        return torch.where(mirrored, 1 - value, value).to(x.dtype)
+        return torch.where(mirrored, 1 - value, value).to(x)
 
 
 def _fraction(a: Tensor, b: Tensor, x: Tensor, precision: float) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.optim import Optimizer
@@ -25,7 +25,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a checkpoint, so that a kill at any moment leaves the former file or the new one.
 
     It is written beside its place, under the name with `.part` behind it, flushed to the disk, and
-    then renamed.
+    then renamed. A link stays one, and a file keeps its permissions.
 
     Arguments:
         path: The file.
@@ -34,6 +34,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written. The former file is as it was.
     """
+    path = path.resolve()
     _write(path, content).replace(path)
     if os.name == "posix":  # the new name is on the disk once its folder is
         folder = os.open(path.parent, os.O_RDONLY)
@@ -54,7 +55,7 @@ def rehearse(path: Path, content: Mapping[str, Any]) -> None:
         OSError: If it cannot be written.
         TypeError: If it could not be read back without running code.
     """
-    part = _write(path, content)
+    part = _write(path.resolve(), content)
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(part)
     finally:
@@ -71,13 +72,47 @@ def _write(path: Path, content: Mapping[str, Any]) -> Path:
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            if path.exists():
+                part.chmod(path.stat().st_mode & 0o7777)
+            _save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     return part
+
+
+def _save(content: Mapping[str, Any], file: BinaryIO) -> None:
+    """Raises the file's own errors, in whose place torch puts one of its own, as of a full disk."""
+    writer = _Writer(file)
+    try:
+        torch.save(content, writer)  # type: ignore[arg-type]
+    except Exception:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+
+
+class _Writer:
+    """A file that remembers the first error of writing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is not None:
+            return len(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        if self.error is None:
+            self._file.flush()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class _Moments:
 
 def _unmoved(model: BayesianModel, name: str) -> float:
     logvar = model.guide.posterior()[name][1].detach()
-    return float(((logvar - model.init_logvar).abs() < _NEAR).double().mean())
+    near = (logvar - model.init_logvar).abs() < _NEAR
+    return int(near.sum()) / max(near.numel(), 1)
 
 
 def _still(share: float, model: BayesianModel) -> str | None:

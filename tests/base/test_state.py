@@ -10,10 +10,12 @@ from pyro_bayes.base.state import (
     Buffers,
     draw_seed,
     evaluating,
+    fingerprint,
     preserve_modes,
     preserve_random_state,
     seeded,
     undisturbed,
+    where_double,
 )
 
 
@@ -142,3 +144,20 @@ def test_seeds_come_from_the_generator():
     assert torch.equal(torch.get_rng_state(), state)
     assert draw_seed() != draw_seed()
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_double_precision_is_left_to_devices_that_have_it():
+    class OnApple:
+        device = torch.device("mps")
+
+        def detach(self):
+            return self
+
+        is_meta = False
+
+        def cpu(self):
+            return values
+
+    values = torch.randn(5)
+    assert where_double(values) is values
+    assert fingerprint([OnApple()]) == fingerprint([values])
