@@ -97,6 +97,7 @@ class BayesianModel(InspectedModule):
         name: str | None = None,
         leaves: Leaves = "flat",
     ) -> None:
+        """Makes the model, whose class describes the arguments."""
         check_base(base, PredictingModule)
         if not is_number(init_logvar) or not math.isfinite(init_logvar):
             raise ValueError(f"Expected init_logvar to be a finite number; got {init_logvar!r}.")

@@ -59,6 +59,19 @@ def test_own_table(tmp_path, capsys):
     assert not (tmp_path / "figures" / "digits.png").exists()
 
 
+def test_smoke_takes_few_steps_whatever_the_table(tmp_path, monkeypatch):
+    path, sizes = tmp_path / "large.csv", []
+    path.write_bytes(csv(*[f"{i},{i * i % 7},{2 * i + i % 3}" for i in range(3000)]))
+
+    def note(data, **_):
+        sizes.append(len(data.y) + len(data.y_test))
+        raise table.InputError("enough")
+
+    monkeypatch.setattr(regression, "train_plain", lambda net, likelihood, data, **_: note(data))
+    run("--data", path, "--target", "y", folder=tmp_path)
+    assert sizes == [1000]
+
+
 BAD_TABLES = {
     "missing column": (csv(*ROWS), "'z'"),
     "text": (csv(*ROWS, "1,Paris,3"), "a number in column 'b', line 42; got 'Paris'"),

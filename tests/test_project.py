@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -54,6 +55,15 @@ def test_public_docstrings_have_an_example():
                  *(getattr(plots, name) for name in plots.__all__ if name != "Losses"),
                  *pyro_bayes.likelihoods.REGISTRY.values()):  # fmt: skip
         assert ">>>" in part.__doc__, part
+
+
+def test_help_on_classes_is_their_own():
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for kind in vars(module).values():
+            own = inspect.isclass(kind) and kind.__module__ == name
+            if own and not kind.__name__.startswith("_"):
+                assert "internal Module state" not in (inspect.getdoc(kind.__init__) or "")
 
 
 def test_importing_changes_nothing_and_needs_torch_and_pyro_only():

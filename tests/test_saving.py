@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from pyro_bayes import BayesianModel
+from pyro_bayes import ELBO, BayesianModel, likelihoods, svi_model
 
 
 def make(**kwargs):
@@ -258,3 +258,25 @@ def test_base_alone_keeps_its_state_dict(net):
     net.load_state_dict({name: value + 1 for name, value in state.items()})
     for name, mean in bnn.means.named_parameters():
         assert torch.equal(mean, state[name] + 1)
+
+
+@pytest.mark.parametrize("make", [ELBO, svi_model])
+def test_state_of_a_model_alone_says_what_the_likelihood_learned(make, tmp_path):
+    bnn, fresh = BayesianModel(nn.Linear(3, 1)), BayesianModel(nn.Linear(3, 1))
+    make(bnn, likelihoods.Gaussian(0.1, learn=True), 10)
+    torch.save(bnn.state_dict(), tmp_path / "bnn.pt")
+    with pytest.warns(UserWarning, match=r"without the likelihood's \['log_scale'\]"):
+        fresh.load_state_dict(torch.load(tmp_path / "bnn.pt", weights_only=True))
+    make(bnn, likelihoods.Gaussian(0.1), 10)
+    fresh.load_state_dict(bnn.state_dict())
+
+
+def test_state_of_an_objective_has_all_that_was_learned():
+    saved, loaded = (
+        ELBO(BayesianModel(nn.Linear(3, 1)), likelihoods.Gaussian(scale, learn=True), 10)
+        for scale in (0.2, 0.4)
+    )
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.likelihood.scale == saved.likelihood.scale
+    with pytest.raises(RuntimeError, match=r"objective\.load_state_dict\(state\)"):
+        loaded.model.load_state_dict(saved.state_dict())

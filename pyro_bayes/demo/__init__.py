@@ -22,6 +22,8 @@ import torch
 from pyro_bayes.base.extras import require
 from pyro_bayes.demo.table import InputError, read
 
+_SMOKE_ROWS = 1000
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo.
@@ -57,8 +59,9 @@ def _run(arguments: argparse.Namespace) -> None:
         pyro.set_rng_seed(seed)
         digits.run(seed=seed, epochs=8 if smoke else 600, draws=draws, path=paths[0])
     pyro.set_rng_seed(seed)
+    table = regression.diabetes() if own is None else own
     regression.run(
-        regression.diabetes() if own is None else own,
+        table.sample(_SMOKE_ROWS, seed) if smoke else table,
         seed=seed,
         epochs=20 if smoke else None,
         draws=draws,
@@ -100,7 +103,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target", metavar="COLUMN", help="the column of the table to predict")
     add("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="for the figures")
     add("--seed", type=_seed, default=0, help="of the split, the initialisation and the draws")
-    add("--smoke", action="store_true", help="train for a few steps only, as a quick check")
+    add(
+        "--smoke", action="store_true", help="train for a few steps on a few rows, as a quick check"
+    )
     arguments = parser.parse_args(argv)
     if (arguments.data is None) != (arguments.target is None):
         option = "--target" if arguments.data is None else "--data"

@@ -8,7 +8,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,19 @@ class Table:
     target: Tensor
     columns: Sequence[str]
     name: str
+
+    def sample(self, count: int, seed: int) -> Table:
+        """Returns so many rows at random, or the table if it has no more.
+
+        Arguments:
+            count: The number of rows.
+            seed: The seed of the choice.
+        """
+        if len(self.target) <= count:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(self.target), generator=generator)[:count]
+        return replace(self, features=self.features[rows], target=self.target[rows])
 
 
 def read(path: Path, target: str) -> Table:

@@ -100,7 +100,7 @@ def evaluate(
             arguments of the base. They are moved to the device of the model.
         num_samples: The number :math:`S` of draws, at least 2.
         ood: Batches out of distribution, of pairs :math:`(x, y)` whose y is left out, or of x.
-        levels: The probabilities of intervals.
+        levels: The probabilities of intervals; `()` for none.
         bins: The number of bins of calibration errors.
         chunk_size: How many draws to evaluate at once, as in
             :meth:`pyro_bayes.BayesianModel.predict`.

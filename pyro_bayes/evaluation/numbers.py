@@ -38,7 +38,7 @@ def score(
     """
     element = elementary(predictive.mixture)
     tails = [tail for level in levels for tail in ((1 - level) / 2, (1 + level) / 2)]
-    ends = predictive.quantile(tails)
+    ends = predictive.quantile(tails) if tails else y.new_zeros(0, *y.shape)
     place = torch.rand(draws.views, *y.shape, generator=generator).to(y)
     with seeded(draw_seed(generator)):
         samples = element.sample()
@@ -128,6 +128,8 @@ def _exact(
     discrete = element.support is not None and element.support.is_discrete
     if discrete:
         pit = pit - place * draws.means(element.log_prob(y).exp())
+    if not tails:
+        return pit.clamp(0, 1), ends
     reach, moves = ends.amax(0) - ends.amin(0) + discrete, []
     for end, tail in zip(ends, tails, strict=True):
         # To the first order: other draws move the distribution function by little.
@@ -149,6 +151,8 @@ def _sampled(
     """Returns the same, estimated from one sample of each draw."""
     below, ties = (draws.means(hits.to(y)) for hits in (samples < y, samples == y))
     pit = (draws.size * below + place * (draws.size * ties + 1)) / (draws.size + 1)
+    if not tails:
+        return pit, samples[:0]
     levels = samples.new_tensor(tails)
     views = (samples[draws.indices(view).to(samples.device)] for view in range(draws.views))
     quantiles = torch.stack([view.quantile(levels, 0) for view in views])

@@ -52,6 +52,9 @@ class Density(Likelihood):
         check_count("moment_samples", moment_samples, least=2)
         self.moment_samples = int(moment_samples)
 
+    def extra_repr(self) -> str:
+        return f"moment_samples={self.moment_samples}"
+
     def distribution(self, output: Any, *, batch_dims: int = 1) -> Distribution:
         if not isinstance(output, Distribution):
             raise TypeError(

@@ -45,8 +45,21 @@ class Likelihood(nn.Module, ABC):
     """
 
     def __init__(self) -> None:
+        """Makes the likelihood, whose class describes the arguments."""
         super().__init__()
         self.check_definition()
+
+    def extra_repr(self) -> str:
+        """Returns the numbers that the likelihood has, for its representation."""
+        kinds = (self._buffers, ""), (self._parameters, " (learned)")
+        named = ((n, v, note) for values, note in kinds for n, v in values.items())
+        parts = []
+        for name, value, note in named:
+            if value is not None and name.startswith("log_"):
+                number = value.detach().exp()
+                shown = f"{number.item():.4g}" if number.numel() == 1 else f"{tuple(value.shape)}"
+                parts.append(f"{name.removeprefix('log_')}={shown}{note}")
+        return ", ".join(parts)
 
     def check_definition(self) -> None:
         """Raises a `TypeError` if anything but :meth:`distribution` says what is likely."""

@@ -63,6 +63,15 @@ class Predictive:
             )
         self.mixture = mixture
 
+    def __repr__(self) -> str:
+        draws, examples = self.mixture.batch_shape
+        kind = type(elementary(self.mixture)).__name__.lstrip("_")
+        shape = tuple(self.mixture.event_shape)
+        return (
+            f"{type(self).__name__}({kind}, num_samples={draws}, examples={examples},"
+            f" target_shape={shape})"
+        )
+
     @property
     def num_samples(self) -> int:
         """The number :math:`S` of draws."""

@@ -76,6 +76,7 @@ class MeanField(AutoNormal):
         site_prefix: str = "",
         leaves: Leaves = "flat",
     ) -> None:
+        """Makes the guide, whose class describes the arguments."""
         super().__init__(prior, init_loc_fn=init_to_mean)
         initial = {n: (p.detach(), torch.full_like(p, init_logvar)) for n, p in parameters.items()}
         self.memory = Memory(self, initial, leaves)

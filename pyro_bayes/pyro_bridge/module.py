@@ -38,6 +38,9 @@ class PosteriorModule(PyroModule):
     dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
     deterministic. Before anything is read, values that were loaded into Pyro's param store arrive.
 
+    Attributes:
+        learned_beside: The names of the parameters of the likelihood that the model trains with.
+
     Arguments:
         base: The module.
         prior: The prior over its included parameters.
@@ -52,9 +55,11 @@ class PosteriorModule(PyroModule):
     def __init__(
         self, base: nn.Module, prior: GaussianPrior, guide: MeanField, choices: Sequence[Choice]
     ) -> None:
+        """Makes the module, whose class describes the arguments."""
         super().__init__()
         self.choices = tuple(choices)
         self._trained: set[str] = set()
+        self.learned_beside: tuple[str, ...] = ()
         # `PyroModule.add_module` would rename the prior's sites after the attribute.
         for key, module in {"base": base, "prior": prior, "guide": guide}.items():
             nn.Module.add_module(self, key, module)
@@ -326,15 +331,22 @@ class PosteriorModule(PyroModule):
         return new
 
 
-def _drop_included(model: PosteriorModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _drop_included(
+    model: PosteriorModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
     """Leaves the base's included parameters out of a state dict: they are the means."""
+    if model.learned_beside:
+        metadata["learned_beside"] = list(model.learned_beside)
     for choice in model.choices:
         for name in (choice.name, *choice.aliases) if choice.included else ():
             state.pop(f"{prefix}base.{name}", None)
 
 
-def _add_included(model: PosteriorModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _add_included(
+    model: PosteriorModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
     """Puts the means in the base's places again before a state dict is loaded."""
+    _check_whole(state, prefix, metadata)
     model._check_closed()
     model._pull()
     model._take_over()  # what is loaded must not reach another model's means
@@ -343,6 +355,24 @@ def _add_included(model: PosteriorModule, state: dict[str, Any], prefix: str, *_
         if mean is not None:
             for name in (choice.name, *choice.aliases):
                 state.setdefault(f"{prefix}base.{name}", mean.detach())
+
+
+def _check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Says so if a state dict is that of an objective, or lacks what a likelihood learned."""
+    if any(key.startswith(f"{prefix}model.guide.") for key in state):
+        raise RuntimeError(
+            "Expected the state of a model; got that of an objective, which has the likelihood's"
+            " too. Load it into one: objective.load_state_dict(state), after"
+            " objective = ELBO(bnn, likelihood, num_data)."
+        )
+    learned = metadata.get("learned_beside")
+    if learned and not prefix:
+        warnings.warn(
+            "Expected what the likelihood learned beside the model; got the state of the model"
+            f" alone, without the likelihood's {learned}. Save and load the objective,"
+            " objective.state_dict(), or the likelihood as well, likelihood.state_dict().",
+            stacklevel=5,
+        )
 
 
 def _after_load(model: PosteriorModule, keys: Any) -> None:

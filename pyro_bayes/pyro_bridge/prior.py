@@ -218,6 +218,7 @@ class GaussianPrior(PyroModule):
         variance: float | PriorVariances,
         site_prefix: str = "",
     ) -> None:
+        """Makes the prior, whose class describes the arguments."""
         super().__init__(site_prefix)
         # Sites are attributes of this module under any name that a parameter may have. So what else
         # it has bears a mangled name, and the buffers a name that no attribute has.

@@ -108,6 +108,7 @@ class ELBO(nn.Module):
         num_samples: int = 1,
         kl_weight: float | Schedule = 1.0,
     ) -> None:
+        """Makes the objective, whose class describes the arguments."""
         super().__init__()
         check_parts(bnn, likelihood, num_data)
         context_noise(local_trick, batch_dim, check_examples)
@@ -239,6 +240,8 @@ class ELBO(nn.Module):
 def check_parts(bnn: Any, likelihood: Any, num_data: Any) -> None:
     """Raises an error unless arguments are what an objective consists of.
 
+    The model keeps in mind what the likelihood learns, for whoever loads its state alone.
+
     Arguments:
         bnn: What should be a model.
         likelihood: What should be a likelihood.
@@ -271,3 +274,5 @@ def check_parts(bnn: Any, likelihood: Any, num_data: Any) -> None:
             "Expected num_data to be the number of examples in the whole training set, an integer"
             f" of at least 1; got {num_data!r}."
         )
+    names = tuple(name for name, p in likelihood.named_parameters() if p.requires_grad)
+    bnn.learned_beside = names

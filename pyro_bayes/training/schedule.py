@@ -20,6 +20,7 @@ class Schedule(nn.Module, ABC):
     """The number of steps so far, a 0-dim tensor of integers."""
 
     def __init__(self) -> None:
+        """Makes the schedule, whose class describes the arguments."""
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
@@ -59,6 +60,7 @@ class LinearWarmup(Schedule):
     """
 
     def __init__(self, steps: int) -> None:
+        """Makes the schedule, whose class describes the arguments."""
         super().__init__()
         check_count("steps", steps)
         self.steps = int(steps)

@@ -498,3 +498,11 @@ def test_missing_packages_name_the_extra(package, extra, gaussian, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install 'pyro_bayes\[{extra}\]'"):
         evaluate(bnn, likelihood, [(x, y)], 5).print()
+
+
+@pytest.mark.parametrize("name", ["Gaussian", "Poisson", "Density"])
+def test_no_levels(name):
+    case = CASES[name]
+    bnn, batches = BayesianModel(Base(case)), loader(torch.randn(6, 3).double(), case.y(6))
+    found = evaluate(bnn, case.make(), batches, 5, levels=())
+    assert list(found) == NUMBERS

@@ -12,7 +12,7 @@ from likelihood_cases import CASES, SCALES, Base
 from pyro import poutine
 from scipy import stats
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 
 from pyro_bayes import BayesianModel, likelihoods
 from pyro_bayes.likelihoods import (
@@ -348,3 +348,21 @@ def test_scales_keep_their_shape():
     torch.testing.assert_close(StudentT(SCALES).scale, SCALES)
     assert NegativeBinomial(3.0).total_count.item() == pytest.approx(3.0)
     assert not list(Gaussian(0.5).parameters())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Gaussian(0.1), "Gaussian(scale=0.1)"),
+        (Gaussian(0.25, learn=True), "Gaussian(scale=0.25 (learned))"),
+        (Gaussian(torch.ones(2)), "Gaussian(scale=(2,))"),
+        (Categorical(), "Categorical()"),
+        (Density(), "Density(moment_samples=32)"),
+        (
+            Predictive(Independent(Normal(torch.zeros(7, 5, 2), 1.0), 1)),
+            "Predictive(Normal, num_samples=7, examples=5, target_shape=(2,))",
+        ),
+    ],
+)
+def test_representations(value, text):
+    assert repr(value) == text

@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_the_former_file(tmp_path, monkeypatch):
     file = tmp_path / "run.pt"
     checkpoint.save(file, {"x": torch.ones(3)})
     content = file.read_bytes()
-    monkeypatch.setattr(Path, "open", Full)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full(path, mode))
     with pytest.raises(OSError, match="No space left"):  # in whose place torch has its own error
         checkpoint.save(file, {"x": torch.ones(100_000)})
     monkeypatch.undo()
