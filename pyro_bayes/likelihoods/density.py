@@ -15,7 +15,7 @@ from pyro_bayes.base.state import draw_seed, fingerprint, seeded
 from pyro_bayes.likelihoods.likelihood import Likelihood
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values
-from pyro_bayes.prediction.batches import called, each_batch
+from pyro_bayes.prediction.batches import arguments, called, each_batch
 from pyro_bayes.prediction.predict import Predictor
 
 
@@ -96,7 +96,7 @@ class Density(Likelihood):
                 draws,
                 statistics="samples",
                 function=lambda net, pair: function(
-                    self._of_examples(called(net, pair[0]), 1), *pair[1]
+                    self._of_examples(called(net, *arguments(pair[0])), 1), *pair[1]
                 ),
                 generator=torch.Generator(source.device).set_state(state),
                 # torch.vmap does not batch the noise of distributions.

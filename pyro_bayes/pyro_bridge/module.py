@@ -22,6 +22,7 @@ from pyro_bayes.base.swap import Swap
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.examples import Examples
 from pyro_bayes.pyro_bridge import store
+from pyro_bayes.pyro_bridge.files import check_whole
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
 
@@ -346,7 +347,7 @@ def _add_included(
     model: PosteriorModule, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
 ) -> None:
     """Puts the means in the base's places again before a state dict is loaded."""
-    _check_whole(state, prefix, metadata)
+    check_whole(state, prefix, metadata)
     model._check_closed()
     model._pull()
     model._take_over()  # what is loaded must not reach another model's means
@@ -355,24 +356,6 @@ def _add_included(
         if mean is not None:
             for name in (choice.name, *choice.aliases):
                 state.setdefault(f"{prefix}base.{name}", mean.detach())
-
-
-def _check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Says so if a state dict is that of an objective, or lacks what a likelihood learned."""
-    if any(key.startswith(f"{prefix}model.guide.") for key in state):
-        raise RuntimeError(
-            "Expected the state of a model; got that of an objective, which has the likelihood's"
-            " too. Load it into one: objective.load_state_dict(state), after"
-            " objective = ELBO(bnn, likelihood, num_data)."
-        )
-    learned = metadata.get("learned_beside")
-    if learned and not prefix:
-        warnings.warn(
-            "Expected what the likelihood learned beside the model; got the state of the model"
-            f" alone, without the likelihood's {learned}. Save and load the objective,"
-            " objective.state_dict(), or the likelihood as well, likelihood.state_dict().",
-            stacklevel=5,
-        )
 
 
 def _after_load(model: PosteriorModule, keys: Any) -> None:

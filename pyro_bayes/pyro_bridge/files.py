@@ -1,0 +1,36 @@
+"""What the file of a model must say, and what it leaves out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+
+def check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Says so if a state dict is that of an objective, or lacks what a likelihood learned.
+
+    Arguments:
+        state: The state dict.
+        prefix: What stands in front of its names.
+        metadata: What the model noted when it was saved.
+
+    Raises:
+        RuntimeError: If it is that of an objective.
+
+    Warns:
+        UserWarning: If the likelihood that the model was trained with learned something.
+    """
+    if any(key.startswith(f"{prefix}model.guide.") for key in state):
+        raise RuntimeError(
+            "Expected the state of a model; got that of an objective, which has the likelihood's"
+            " too. Load it into one: objective.load_state_dict(state), after"
+            " objective = ELBO(bnn, likelihood, num_data)."
+        )
+    learned = metadata.get("learned_beside")
+    if learned and not prefix:
+        warnings.warn(
+            "Expected what the likelihood learned beside the model; got the state of the model"
+            f" alone, without the likelihood's {learned}. Save and load the objective,"
+            " objective.state_dict(), or the likelihood as well, likelihood.state_dict().",
+            stacklevel=6,
+        )
