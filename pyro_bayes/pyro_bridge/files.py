@@ -32,5 +32,5 @@ def check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) ->
             "Expected what the likelihood learned beside the model; got the state of the model"
             f" alone, without the likelihood's {learned}. Save and load the objective,"
             " objective.state_dict(), or the likelihood as well, likelihood.state_dict().",
-            stacklevel=6,
+            stacklevel=7,
         )
