@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_base, is_number
 from pyro_bayes.base.selection import select
-from pyro_bayes.noise.context import context_noise
-from pyro_bayes.posterior.draws import draw
+from pyro_bayes.noise.context import ContextNoise, context_noise
+from pyro_bayes.noise.tensors import held_values
 from pyro_bayes.posterior.memory import Leaves
 from pyro_bayes.prediction.inspection import InspectedModule
 from pyro_bayes.prediction.module import PredictingModule
@@ -39,6 +39,11 @@ class BayesianModel(InspectedModule):
     class and structure; its included parameters share their memory with the means, so that `base`
     is the posterior-mean network whenever no context is open. Attributes that are not found here
     are looked up in the base.
+
+    Parameters in half precision have a posterior in single, since steps of an optimiser would round
+    to none. The base has draws and means in its own dtype and memory: `base` shows the means
+    rounded, and what you write to it is taken over. A reference to the network that you kept is as
+    new as the last context or the last look at `base`. `bnn.half()` converts the base alone.
 
     Arguments:
         base: The module. Its parameters must have been initialised.
@@ -133,18 +138,15 @@ class BayesianModel(InspectedModule):
         Gradients flow to the posterior's parameters.
 
         Returns:
-            The draws by parameter name, of the parameters' shapes.
+            The draws by parameter name, of the parameters' shapes and dtypes.
 
         Example:
             >>> bnn = BayesianModel(nn.Linear(3, 1))
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
-        return {
-            name: value
-            for flat in self._guide.flats()
-            for name, value in zip(flat.layout.names, draw(flat).outputs, strict=True)
-        }
+        draws, _ = held_values(self._guide.flats(), ContextNoise("weights"))
+        return dict(self.as_held(draws))
 
     def sample_model(self) -> nn.Module:
         """Returns a standalone copy of the base with parameters sampled from the posterior.

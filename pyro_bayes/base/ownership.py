@@ -91,6 +91,17 @@ def is_owner(owner: Any, parameter: nn.Parameter) -> bool:
     return present is not None and present.owner() is owner
 
 
+def owners(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Returns the living owners of parameters.
+
+    Arguments:
+        parameters: The parameters.
+    """
+    claims = (_claims.get(id(parameter)) for parameter in parameters)
+    found = (own.owner() for own in claims if own is not None)
+    return list({id(owner): owner for owner in found if owner is not None}.values())
+
+
 def is_former(owner: Any) -> bool:
     """Tells whether another owner has claimed a parameter that belonged to this one.
 

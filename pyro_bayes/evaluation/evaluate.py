@@ -83,7 +83,8 @@ def evaluate(
       and the mutual information; of numbers, variances.
 
     A target of several elements counts each of them, except that `nll` is of the whole and
-    uncertainties are sums.
+    uncertainties are sums. Elements without a label (`Categorical(ignore_index=…)`) count in none
+    but the sums, and examples without any are left out.
 
     Each value has two standard errors. The Monte Carlo error, over draws, falls with `num_samples`:
     draws are shared by all examples, so their errors do not average out. The other one is over
@@ -144,7 +145,7 @@ def evaluate(
             others = joined("ood", (uncertainties(p, views) for p in inputs))
     count = records["log_prob"].shape[1]
     if count < 2:
-        raise ValueError("Expected loader to have at least 2 examples; got 1.")
+        raise ValueError(f"Expected loader to have at least 2 examples to score; got {count}.")
     table = _metrics(records, levels, bins)
     examples = dict.fromkeys(records, Bootstrap(count, replicates=_REPLICATES, seed=0))
     for name, record in others.items():
@@ -187,12 +188,16 @@ def _metrics(records: Records, levels: Sequence[float], bins: int) -> dict[str, 
 
 def _row(name: str, metric: Metric, records: Records, examples: Mapping[str, Bootstrap]) -> Row:
     """Computes a metric, and again from other draws and from other examples."""
+    labelled = records["labelled"][0] if "labelled" in records else None
 
     def value(view: int, replicate: int) -> Tensor:
         columns = []
         for need in metric.needs:
             column = records[need][min(view, len(records[need]) - 1)]
-            column = column[examples[need].indices(replicate)].flatten()
+            column = column[examples[need].indices(replicate)]
+            if labelled is not None and column.shape == labelled.shape:
+                column = column[labelled[examples[need].indices(replicate)]]
+            column = column.flatten()
             columns.append(column if column.dtype == torch.long else column.double())
         return metric.compute(*columns).double()
 

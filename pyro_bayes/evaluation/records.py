@@ -14,7 +14,7 @@ from pyro_bayes.evaluation.bootstrap import Bootstrap
 from pyro_bayes.evaluation.metrics import brier_score
 from pyro_bayes.evaluation.passes import Records, log_probs
 from pyro_bayes.likelihoods.predictive import Predictive
-from pyro_bayes.likelihoods.targets import elementary
+from pyro_bayes.likelihoods.targets import elementary, labelled
 
 
 def score(
@@ -38,7 +38,9 @@ def score(
         The targets `"y"`, of shape :math:`(1, B, *)`, the log-densities `"log_prob"` and the parts
         of :func:`uncertainties`, of shape :math:`(1 + R, B)`, and of shape :math:`(1 + R, B, *)`
         either `"predicted"`, `"confidence"`, `"correct"` and `"brier"` or what
-        :func:`numbers.score` returns.
+        :func:`numbers.score` returns. If labels may be missing, `"labelled"`, of shape
+        :math:`(1, B, *)`, tells which are there; examples without any are left out, and the scores
+        of other elements without one are NaN.
     """
     y, log_prob = log_probs(predictive, y)
     record = {"y": y.unsqueeze(0), "log_prob": draws.log_means(log_prob)}
@@ -47,13 +49,22 @@ def score(
     if not isinstance(element, Bernoulli | Categorical):
         return record | numbers.score(predictive, y, draws, levels, generator)
     probs, labels = draws.means(element.probs), y.long()
+    there = labelled(y, predictive.mixture)
+    if there is not None:
+        labels = labels.masked_fill(~there, 0)
     if isinstance(element, Bernoulli):
         probs = torch.stack([1 - probs, probs], -1)
     confidence, predicted = probs.max(-1)
     brier = torch.stack([brier_score(view, labels) for view in probs])
     correct = predicted == labels
-    classes = {"y": labels[None], "predicted": predicted, "confidence": confidence}
-    return record | classes | {"correct": correct, "brier": brier}
+    classes = {"y": y.long()[None], "predicted": predicted, "confidence": confidence}
+    record |= classes | {"correct": correct, "brier": brier}
+    if there is None:
+        return record
+    record |= {"labelled": there[None], "correct": correct & there}
+    record |= {k: record[k].masked_fill(~there, math.nan) for k in ("confidence", "brier")}
+    some = there.flatten(1).any(1) if there.dim() > 1 else there
+    return {name: column[:, some] for name, column in record.items()}
 
 
 def uncertainties(predictive: Predictive, draws: Bootstrap) -> Records:

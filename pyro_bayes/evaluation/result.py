@@ -47,7 +47,8 @@ class Evaluation(Mapping[str, float]):
         examples: `"y"`, `"log_prob"`, the uncertainties `"total"`, `"aleatoric"` and `"epistemic"`,
             and either `"predicted"`, `"confidence"`, `"correct"` and `"brier"` or `"mean"`,
             `"crps"`, `"pit"`, and `"in@…"` and `"width@…"` of each interval. In the order of the
-            loader, they are what the figures are drawn from.
+            loader, they are what the figures are drawn from. If labels may be missing, `"labelled"`
+            tells which are there, and the scores of other elements are NaN.
         ood: The three uncertainties; empty if there was no such loader.
         num_samples: The number of draws.
     """

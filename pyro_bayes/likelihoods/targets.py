@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, constraints
 
 _DISCRETE = constraints.boolean, constraints.nonnegative_integer
+_LABELS = "class labels"
+_NO_LABEL = -100, -1, 255  # what libraries let stand for it
 
 
 def elementary(distribution: Distribution) -> Distribution:
@@ -61,6 +63,17 @@ def fit_target(y: Any, distribution: Distribution) -> Tensor:
     return target
 
 
+def labelled(y: Tensor, distribution: Distribution) -> Tensor | None:
+    """Returns which elements of a target have a label, or `None` if all must.
+
+    Arguments:
+        y: The target.
+        distribution: The distribution.
+    """
+    ignored = getattr(elementary(distribution), "ignore_index", None)
+    return None if ignored is None else y != ignored
+
+
 def check_labels(name: str, y: Tensor, distribution: Distribution) -> None:
     """Raises a `ValueError` unless labels or counts are such as a distribution has.
 
@@ -108,9 +121,11 @@ def check_values(
     fits = value.isfinite() if domain is None else value.isfinite() & domain.check(value)
     if not fits.all():
         index = tuple((~fits).nonzero()[0].tolist())
-        raise ValueError(
-            f"Expected {name} to hold {words}; got {value[index].item():g} at index {index}."
-        )
+        number = value[index].item()
+        fix = ""
+        if words.startswith(_LABELS) and number in _NO_LABEL:
+            fix = f" If that stands for no label, say Categorical(ignore_index={number})."
+        raise ValueError(f"Expected {name} to hold {words}; got {number:g} at index {index}.{fix}")
 
 
 def _check_shape(y: Tensor, distribution: Distribution) -> None:
@@ -149,7 +164,9 @@ def domain_of(distribution: Distribution) -> constraints.Constraint | None:
 
 def _words(element: Distribution, domain: constraints.Constraint | None) -> str:
     if isinstance(element, Categorical):
-        return f"class labels, integers from 0 to {element.logits.shape[-1] - 1}"
+        ignored = getattr(element, "ignore_index", None)
+        others = "" if ignored is None else f", or {ignored} for none"
+        return f"{_LABELS}, integers from 0 to {element.logits.shape[-1] - 1}{others}"
     if domain is constraints.boolean:
         return "0 or 1"
     if domain is constraints.nonnegative_integer:

@@ -19,7 +19,7 @@ from pyro_bayes.noise.gaussian_tensor import RULES, Axis, GaussianTensor, mean_o
 
 _CONVERSIONS: tuple[Callable[..., Any], ...] = (
     *(torch.clone, Tensor.contiguous, Tensor.clone, Tensor.to),
-    *(Tensor.float, Tensor.double, Tensor.type_as),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type_as),
 )
 _ARRANGEMENTS: tuple[Callable[..., Any], ...] = (
     *(torch.reshape, torch.transpose, torch.permute, torch.t, torch.chunk, torch.split),

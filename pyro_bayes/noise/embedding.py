@@ -16,6 +16,7 @@ from pyro_bayes.noise.gaussian_tensor import (
     rule,
     variance_of,
 )
+from pyro_bayes.posterior.rounding import wide
 
 
 @rule(F.embedding)
@@ -92,12 +93,14 @@ def _embedding_bag(
     indices, first = input.reshape(-1), mean_of(weight)
     share = per_sample_weights
     share = first.new_ones(indices.shape) if share is None else share.reshape(-1)
+    share = share.to(wide(share.dtype))  # half precision counts to 256, or to 2048
     if padding_idx is not None:
         share = share * (indices != padding_idx % len(first))
     if mode == "mean":
         share = share / share.new_zeros(count).index_add(0, bags, share).clamp_min(1)[bags]
 
     def total(table: Tensor, weights: Tensor) -> Tensor:
+        weights = weights.to(table.dtype)
         return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights)
 
     def variance() -> Tensor:

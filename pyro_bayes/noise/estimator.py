@@ -235,8 +235,12 @@ def aligned(value: Any) -> dict[int, int]:
 
 @contextmanager
 def wide(output: Tensor) -> Iterator[Callable[[Any], Any]]:
-    """Yields a conversion to the precision of variances: single, where half would overflow."""
-    if output.dtype != torch.float16:
+    """Yields a conversion to the precision of variances: single, where half would overflow.
+
+    Under autocast, bfloat16 stays: it has the range of single precision.
+    """
+    cast = output.dtype == torch.bfloat16 and is_any_autocast_enabled()
+    if cast or output.dtype.itemsize >= 4:
         yield lambda value: value
     else:
         with torch.autocast(output.device.type, enabled=False):

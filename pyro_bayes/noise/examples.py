@@ -326,8 +326,8 @@ _NAMED = 50
 
 def _wide(value: GaussianTensor, noise: ContextNoise) -> GaussianTensor:
     """Returns a Gaussian tensor of the same means, with deviations that rounding does not hide."""
-    mean = mean_of(value).detach()
-    size = float(mean.float().square().mean()) if mean.numel() else 0.0
+    mean = mean_of(value).detach().to(torch.promote_types(value.dtype, torch.float32))
+    size = float(mean.square().mean()) if mean.numel() else 0.0
     logvar = torch.full_like(mean, 2 * math.log(_SCALE * (size**0.5 or 1.0)))
     return GaussianTensor.of(mean, logvar, value.parameter, noise)
 

@@ -17,6 +17,7 @@ from pyro_bayes.base.torch_private import (
 )
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.posterior import gaussian
+from pyro_bayes.posterior.rounding import keeping_precision
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 """What each operator does with Gaussian tensors, by the function that torch reports."""
@@ -150,8 +151,7 @@ class GaussianTensor(torch.Tensor):
     def _of_posterior(self, name: Moment, kept: Tensor | None) -> Tensor:
         mean, logvar = self._pair()
         if name == "variance":
-            # Half precision has no small variances.
-            return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
+            return logvar.exp()
         if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
             kept, one = kept.clone(), (0.5 * (logvar - logvar.detach())).exp()
@@ -189,8 +189,10 @@ class GaussianTensor(torch.Tensor):
         self, operator: Callable[[Tensor], Tensor], key: str, axes: tuple[Axis | None, ...] | None
     ) -> GaussianTensor:
         """Returns what an operator that only arranges or converts elements makes of the tensor."""
-        mean = operator(self._mean)
-        return self._derived(mean, lambda name: operator(self.moment(name)), key, axes, operator)
+        mean, of = operator(self._mean), {"variance": keeping_precision(operator)}
+        return self._derived(
+            mean, lambda name: of.get(name, operator)(self.moment(name)), key, axes, operator
+        )
 
     def times(self, factor: Tensor | float) -> GaussianTensor:
         """Returns the product with a constant of the same shape, or one that broadcasts to it."""

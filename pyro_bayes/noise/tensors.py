@@ -153,3 +153,24 @@ def _drawn(flat: Flat, kind: Kind, variances: PriorVariances | None, number: Num
     if variances is None:
         return draw(flat, kind)
     return draw(flat, kind, number, variances.precision(flat))
+
+
+def as_dtypes(
+    values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> Mapping[str, Tensor]:
+    """Returns values in the dtypes of the parameters that they stand for.
+
+    Arguments:
+        values: Draws or Gaussian tensors by name.
+        dtypes: The dtypes by name; others stay.
+    """
+    converted = dict(values)
+    for name in values.keys() & dtypes.keys():
+        value = values[name]
+        if isinstance(value, GaussianTensor):
+            # Where gradients are off, they may be on again while the context is open.
+            with value.noise.outside(), torch.enable_grad():
+                converted[name] = value.to(dtypes[name])
+        else:
+            converted[name] = value.to(dtypes[name])
+    return converted

@@ -1,7 +1,7 @@
 r"""Draws from a posterior and its divergence from a prior, as functions of its parameters.
 
 Each is one node of the autograd graph, with its gradient in closed form. Second derivatives,
-`torch.func` transforms, `torch.compile` and half precision go through the formulas.
+`torch.func` transforms and `torch.compile` go through the formulas.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw(
         [tensor([1., 1.])]
     """
     layout, mean, logvar = posterior
-    if _by_formula(mean):
+    if is_transformed():
         return _by_formulas(posterior, kind, number, precision)
     *tensors, spread, value = _Draw.apply(layout, kind, number, precision, mean, logvar)
     means, outputs = tensors[: -len(layout.parts)], tensors[-len(layout.parts) :]
@@ -71,14 +71,10 @@ def divergence(
         tensor(3.4603)
     """
     layout, mean, logvar = posterior
-    if _by_formula(mean):
+    if is_transformed():
         return _divergence_by_formula(posterior, number, precision)
     *_, value = _Draw.apply(layout, None, number, precision, mean, logvar)
     return value  # type: ignore[no-any-return]
-
-
-def _by_formula(mean: Tensor) -> bool:
-    return mean.dtype.itemsize < 4 or is_transformed()
 
 
 def _present(precision: Precision, mean: Tensor, logvar: Tensor) -> float | Tensor:
@@ -91,8 +87,7 @@ def _by_formulas(posterior: Flat, kind: Kind, number: Number | None, precision: 
     value: Tensor | None = None
     if number in ("divergence", "divergences"):
         value = _divergence_by_formula(posterior, number, precision)
-    if kind == "variances":  # of which half precision has no small ones
-        logvar = logvar.float() if logvar.dtype == torch.float16 else logvar
+    if kind == "variances":
         return Drawn(means, layout.split(logvar.exp()), value)
     spread = gaussian.draw(torch.zeros_like(mean), logvar)
     output = mean + spread if kind == "draws" else spread
@@ -110,7 +105,7 @@ def _deviation(spread: Tensor, draw: Tensor, mean: Tensor) -> Tensor:
 def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision) -> Tensor:
     layout, mean, logvar = posterior
     terms = gaussian.divergence_terms(mean, logvar, _present(precision, mean, logvar))
-    return (terms.sum() if number == "divergence" else layout.sums(terms)).to(mean.dtype)
+    return terms.sum() if number == "divergence" else layout.sums(terms)
 
 
 class _Draw(torch.autograd.Function):

@@ -55,7 +55,7 @@ def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) ->
               \qquad a = \log \frac{\sigma^2}{\sigma_p^2}
 
     Each is a sum of non-negative terms, so that a posterior close to the prior keeps its small
-    divergence. Half precision becomes single.
+    divergence.
 
     Arguments:
         mean: The means :math:`\mu`, of any shape.
@@ -69,8 +69,6 @@ def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) ->
         >>> divergence_terms(torch.ones(2), torch.zeros(2), 1.0)
         tensor([0.5000, 0.5000])
     """
-    if mean.dtype.itemsize < 4:
-        mean, logvar = mean.float(), logvar.float()
     log = precision.log() if isinstance(precision, Tensor) else math.log(precision)
     a = logvar + log
     return 0.5 * (torch.expm1(a) - a + mean.square() * precision)

@@ -115,6 +115,11 @@ class Layout:
             return [flat.as_strided(s, t, o + start) for s, t, o in self._where]
         return [flat.as_strided(*where) for where in self._where]
 
+    def addresses(self, flat: Tensor) -> list[int]:
+        """Returns the address of each parameter in a flat tensor, 0 if it has no elements."""
+        start, width = flat.data_ptr(), flat.element_size()
+        return [start + width * part.offset if part.size else 0 for part in self.parts]
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Returns the parameters in a flat tensor, by operators that any transform understands.
 

@@ -12,6 +12,7 @@ from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.posterior.layout import Flat, Layout, Part
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
+from pyro_bayes.posterior.rounding import Rounding, wide
 
 Leaves: TypeAlias = Literal["flat", "named"]
 Kind: TypeAlias = Literal["mean", "logvar"]
@@ -45,18 +46,21 @@ class Memory:
 
     With flat leaves, these are the parameters `mean` and `logvar` of a module (`mean_1`, … for
     further types), and a parameter by name is a view that shares its values and its gradient. With
-    named leaves, the parameters by name are the leaves, in the same memory.
+    named leaves, the parameters by name are the leaves, in the same memory. What the base has in
+    half precision is kept in single.
 
     Arguments:
         module: The module whose parameters they become.
-        initial: The initial means and log-variances by dotted name.
+        initial: The initial means, of the base's dtypes, and log-variances by dotted name.
         leaves: Which leaves to have.
 
     Attributes:
         means: A module of the means under the parameters' own names.
         logvars: A module of the log-variances, likewise.
         leaves: Which leaves there are.
-        addresses: The address of each mean by name, 0 if it has no elements.
+        addresses: The address of each mean by name, where the base is to have it; 0 if it has no
+            elements.
+        rounding: The parameters that the base has in lower precision.
     """
 
     addresses: dict[str, int]
@@ -72,6 +76,7 @@ class Memory:
         for name, (mean, _) in initial.items():
             types.setdefault((mean.dtype, mean.device), {})[name] = mean
         self._layouts = [Layout(group) for group in types.values()]
+        self.rounding = Rounding(self._layouts, [dtype for dtype, _ in types])
         self._keys: list[tuple[str, ...]] = [
             tuple(f"{kind}_{i}" if i else kind for kind in KINDS) for i in range(len(types))
         ]
@@ -162,8 +167,12 @@ class Memory:
         return {key: value}
 
     def mean(self, name: str) -> Tensor:
-        """Returns the mean of a parameter, in its memory and with a storage of its own."""
-        return self._places["mean"][name].own.data
+        """Returns the mean of a parameter as the base has it, with a storage of its own.
+
+        It is in the memory of the means or, in lower precision, of a rounded copy.
+        """
+        rounded = self.rounding.means.get(name)
+        return self._places["mean"][name].own.data if rounded is None else rounded
 
     def _flat(
         self, layout: Layout, kind: Kind, key: str, memory: Tensor, values: Mapping[str, Tensor]
@@ -194,6 +203,28 @@ class Memory:
             return layout.flatten(leaves)
         joined: Tensor = Join.apply(layout, memory, *leaves)
         return joined
+
+    def take(self) -> None:
+        """Takes over what was written to a base in lower precision, whose memory is its own."""
+        if self._is_rounded():
+            self.rounding.take()
+
+    def show(self) -> None:
+        """Rounds the means to where the base has them in lower precision."""
+        if self._is_rounded():
+            self.rounding.show()
+
+    def _is_rounded(self) -> bool:
+        if not self.rounding.dtypes or torch.compiler.is_compiling():  # then it comes later
+            return False
+        if self._has_moved():
+            self.refresh()
+        return True
+
+    def converted_by(self, convert: Any) -> None:
+        """Notes the dtypes that the base's parameters are about to have, by what converts them."""
+        self.take()
+        self.rounding.convert(convert, [mean for mean, _ in self._flats])
 
     # Keeping it whole
 
@@ -246,7 +277,8 @@ class Memory:
 
     def _build(self, flats: list[list[Tensor]]) -> None:
         """Makes flat tensors the memory of all leaves and views."""
-        self._flats = [[whole(flat) for flat in pair] for pair in flats]
+        self._flats = [[whole(flat.to(wide(flat.dtype))) for flat in pair] for pair in flats]
+        self.rounding.follow([mean for mean, _ in self._flats])
         for i, kind in enumerate(KINDS):
             objects: dict[str, tuple[Leaf, Part]] = {}
             for layout, keys, pair in zip(self._layouts, self._keys, self._flats, strict=True):
@@ -330,16 +362,16 @@ class Memory:
         self.addresses = {}
         for layout, keys, pair in zip(self._layouts, self._keys, self._flats, strict=True):
             for kind, key, flat in zip(KINDS, keys, pair, strict=True):
-                start, width = flat.data_ptr(), flat.element_size()
-                places = self._by_layout[layout, kind]
-                # What is empty has no address.
-                where = [start + width * p.part.offset if p.part.size else 0 for p in places]
+                where = layout.addresses(flat)
                 if self.leaves == "flat":
-                    self._where.append((key, start))
+                    self._where.append((key, flat.data_ptr()))
                 else:
-                    self._where += zip([p.own for p in places], where, strict=True)
+                    own = [place.own for place in self._by_layout[layout, kind]]
+                    self._where += zip(own, where, strict=True)
                 if kind == "mean":
                     self.addresses.update(zip(layout.names, where, strict=True))
+        rounded = self.rounding.means.items()
+        self.addresses.update({name: mean.data_ptr() for name, mean in rounded})
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(

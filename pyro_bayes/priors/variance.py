@@ -91,8 +91,6 @@ class Empirical:
             mean: The means :math:`\mu`.
             logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
         """
-        if mean.dtype.itemsize < 4:
-            mean, logvar = mean.float(), logvar.float()
         kept = {dim % mean.dim() for dim in self._dims}
         summed = tuple(dim for dim in range(mean.dim()) if dim not in kept)
         moments = torch.addcmul(logvar.exp(), mean, mean)

@@ -12,10 +12,12 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
+from pyro_bayes.base import ownership
 from pyro_bayes.base.nested import plant
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.posterior.memory import Leaves, Memory
+from pyro_bayes.posterior.rounding import keeping_precision, wide
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.joint import Joint
 from pyro_bayes.pyro_bridge.prior import GaussianPrior, distinct_sites
@@ -78,7 +80,12 @@ class MeanField(AutoNormal):
     ) -> None:
         """Makes the guide, whose class describes the arguments."""
         super().__init__(prior, init_loc_fn=init_to_mean)
-        initial = {n: (p.detach(), torch.full_like(p, init_logvar)) for n, p in parameters.items()}
+        for former in ownership.owners(parameters.values()):
+            former.memory.show()  # what a base has in lower precision may be of an earlier step
+        initial = {
+            name: (p.detach(), torch.full_like(p, init_logvar, dtype=wide(p.dtype)))
+            for name, p in parameters.items()
+        }
         self.memory = Memory(self, initial, leaves)
         self.variances = GaussianPrior.variances_of(prior)
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
@@ -127,7 +134,11 @@ class MeanField(AutoNormal):
         return self.memory.flats()
 
     def pull(self) -> None:
-        """Takes over values that were loaded into Pyro's param store, for either kind of leaves."""
+        """Takes over values that were loaded into Pyro's param store, for either kind of leaves.
+
+        Likewise those that were written to a base in lower precision, whose memory is its own.
+        """
+        self.memory.take()
         if not store.is_empty():
             store.pull(self.stored)
             store.take(self.store_name, self.memory.unlike)
@@ -181,11 +192,13 @@ class MeanField(AutoNormal):
     # State
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        self.memory.converted_by(fn)
+        super()._apply(keeping_precision(fn), recurse)
         self.memory.refresh()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.memory.take()
         if self.memory.leaves == "named":  # which children save
             return super()._save_to_state_dict(destination, prefix, keep_vars)
         for kind, value in self._named_state().items():
@@ -202,6 +215,7 @@ class MeanField(AutoNormal):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self.memory.take()  # before the means, which have more digits than the base
         arguments = (strict, missing_keys, unexpected_keys, error_msgs)
         if self.memory.leaves == "named":
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
@@ -236,6 +250,7 @@ class MeanField(AutoNormal):
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class takes the model and the master away from the original when it is copied.
+        self.memory.take()
         model, master = self._model, self.master
         try:
             return dict(super().__getstate__(), _model=model)

@@ -70,7 +70,7 @@ class LiftedModule(HeldModule):
             values, batched = stack(values, self.swap.originals)
             if batched:
                 yield Particles(
-                    self._base, self.swap, values, batched, messenger.depth or 0, event_dim,
+                    self._base, self.hold, values, batched, messenger.depth or 0, event_dim,
                     sites=self._guide.sites, filters=messenger.filters,
                 )  # fmt: skip
             else:

@@ -21,6 +21,7 @@ from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.examples import Examples
+from pyro_bayes.noise.tensors import as_dtypes
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.files import check_whole
 from pyro_bayes.pyro_bridge.guide import MeanField
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 class PosteriorModule(PyroModule):
     r"""A base, its prior and its guide, as one module.
 
-    The base's included parameters share their memory with the means and do not train themselves.
+    The base's included parameters share their memory with the means, or with a rounded copy if they
+    are in half precision, and do not train themselves.
     The tie survives `.to()`, `.double()`, `copy.deepcopy`, pickling and `load_state_dict`. A base
     has one model at a time: a later one takes it over, and the former keeps its posterior. A state
     dict holds each number once: `guide.means`, `guide.logvars`, and of the base what is
@@ -61,6 +63,7 @@ class PosteriorModule(PyroModule):
         self.choices = tuple(choices)
         self._trained: set[str] = set()
         self.learned_beside: tuple[str, ...] = ()
+        self._tied: dict[str, int] | None = None  # the addresses that the base last shared
         # `PyroModule.add_module` would rename the prior's sites after the attribute.
         for key, module in {"base": base, "prior": prior, "guide": guide}.items():
             nn.Module.add_module(self, key, module)
@@ -194,14 +197,22 @@ class PosteriorModule(PyroModule):
     def _tie(self) -> None:
         """Lets the base's included parameters share the memory of the means, if they are ours."""
         originals, memory = self.swap.originals, self._guide.memory
+        memory.show()
+        stayed, self._tied = self._tied is memory.addresses, memory.addresses
         for name, address in memory.addresses.items():
             original = originals[name]
             if original.data_ptr() != address and ownership.is_owner(self._guide, original):
-                original.data = memory.mean(name)
+                mean = memory.mean(name)
+                if stayed and original.shape == mean.shape:  # somebody assigned to `.data`
+                    values = original.detach()
+                    kept = values == mean.to(values)  # what rounds to the same keeps its digits
+                    mean.copy_(torch.where(kept, mean.to(values.device), values.to(mean.dtype)))
+                original.data = mean
 
     def _take_over(self) -> None:
         """Claims the base's parameters, from a former model if there is one."""
         names = {id(original): name for name, original in self.swap.originals.items()}
+        self._tied = None
         trained = ownership.claim(
             self._guide,
             [
@@ -263,6 +274,10 @@ class PosteriorModule(PyroModule):
         Yields:
             The base.
         """
+        if self._guide.memory.rounding.dtypes:
+            if not torch.compiler.is_compiling():
+                self._tie()
+            values = self.as_held(values)
         training = self.training
         try:
             with self.swap(values) as base:
@@ -278,8 +293,17 @@ class PosteriorModule(PyroModule):
     @contextmanager
     def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Holds values in the base, out of sight of Pyro's handlers."""
-        with poutine.block(), self.swap(values) as base:
+        with poutine.block(), self.swap(self.as_held(values)) as base:
             yield base
+
+    def as_held(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns values in the dtypes of the base's parameters.
+
+        Arguments:
+            values: The values by the names of parameters.
+        """
+        dtypes = self._guide.memory.rounding.dtypes
+        return as_dtypes(values, dtypes) if dtypes else values
 
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that one thread at a time can be in."""
@@ -297,6 +321,7 @@ class PosteriorModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
+        self._tie()
         fresh = is_fresh(self)
         super()._apply(fn, recurse)
         self._replaced()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,6 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import is_number
-from pyro_bayes.base.swap import Swap
 from pyro_bayes.base.torch_private import open_traces, tree_leaves, tree_map, tree_map_only
 from pyro_bayes.noise.context import ParticleNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
@@ -108,7 +108,7 @@ class Particles:
 
     Arguments:
         module: The module.
-        swap: The swap of its parameters.
+        hold: Holds values in the place of its parameters while a context is open.
         draws: The draws by name, of shape :math:`(P, *)` or, the same for all particles, :math:`*`.
         batched: The number :math:`P` by the names of those that have its dimension.
         depth: The number of plate dimensions to the right of the particles'.
@@ -120,7 +120,7 @@ class Particles:
     def __init__(
         self,
         module: nn.Module,
-        swap: Swap,
+        hold: Callable[[Mapping[str, Tensor]], AbstractContextManager[nn.Module]],
         draws: Mapping[str, Tensor],
         batched: Mapping[str, int],
         depth: int,
@@ -129,7 +129,7 @@ class Particles:
         sites: Iterable[str] = (),
         filters: bool = False,
     ) -> None:
-        self._module, self._swap = module, swap
+        self._module, self._hold = module, hold
         self._gaussians = {n: d for n, d in draws.items() if isinstance(d, GaussianTensor)}
         self._draws = {n: d for n, d in draws.items() if n not in self._gaussians}
         self._in_dims = {name: 0 if name in batched else None for name in self._draws}
@@ -160,7 +160,7 @@ class Particles:
                 )
                 for name, value in self._gaussians.items()
             }
-            with self._swap(draws | gaussians):
+            with self._hold(draws | gaussians):
                 return tree_map(drawn, self._module(*args, **kwargs))
 
         batched_call = torch.vmap(call, in_dims=(0, self._in_dims), randomness="different")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -19,8 +19,12 @@ from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_batched, is_transformed
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.posterior.gaussian import divergence_terms
+from pyro_bayes.posterior.rounding import keeping_precision, wide
 from pyro_bayes.priors.variance import PriorVariances
 from pyro_bayes.pyro_bridge.site import Posterior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GaussianSite:
@@ -198,7 +202,8 @@ class GaussianPrior(PyroModule):
     .. math:: p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2)
 
     Each site bears the dotted name of its parameter, behind `site_prefix` and a dot if there is
-    one. The distributions follow the module's dtype and device.
+    one. The distributions follow the module's dtype and device, but stay in single precision when
+    the module is converted to half.
 
     Arguments:
         parameters: The included parameters by dotted name; only shape, dtype and device are used.
@@ -232,12 +237,16 @@ class GaussianPrior(PyroModule):
             sites[name] = PyroSample(
                 GaussianSite(parameter.shape, variance, name, like, self.__present)
             )
-            likes[path, like] = parameter.detach().new_zeros(())
+            likes[path, like] = parameter.detach().new_zeros((), dtype=wide(parameter.dtype))
         plant(self, sites, node=PyroModule)
         for (path, like), zero in likes.items():
             self.get_submodule(path).register_buffer(like, zero, persistent=False)
         owners = ((name, *name.rpartition(".")[::2]) for name in parameters)
         self.__sites = [(name, self.get_submodule(path), leaf) for name, path, leaf in owners]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(keeping_precision(fn), recurse)
+        return self
 
     @staticmethod
     def variances_of(prior: GaussianPrior) -> PriorVariances:

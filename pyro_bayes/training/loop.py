@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_bayes.base import processes
 from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.state import preserve_modes
-from pyro_bayes.posterior.leaves import whole_leaves
+from pyro_bayes.posterior.leaves import NamedView, whole_leaves
 from pyro_bayes.prediction.batches import Batches
 from pyro_bayes.training.diagnostics import warn_if_unmoved
 from pyro_bayes.training.history import History
@@ -77,7 +78,8 @@ def fit(
             or a dictionary of keyword arguments of the base, y the target. Batches weigh the same,
             so `drop_last=True` is best.
         epochs: How often to go through the loader, with the epochs of a checkpoint counted in.
-        optimizer: The optimiser of `objective.parameters()`, those of the likelihood included.
+        optimizer: The optimiser of `objective.parameters()`, those of the likelihood included. Its
+            `weight_decay` must be 0 for those of the posterior, which AdamW's is not by default.
         scheduler: The scheduler of the learning rate. It advances with each step of the optimiser,
             so that its periods are numbers of steps. A `ReduceLROnPlateau` is given the validation
             loss after each epoch, or the loss without validation.
@@ -113,8 +115,9 @@ def fit(
         FloatingPointError: If the loss, a gradient or a parameter is not finite, naming the first.
 
     Warns:
-        UserWarning: If :math:`N` is not the length of the loader's dataset, if processes draw the
-            same noise, or if most deviations are still at their initial value in the end.
+        UserWarning: If :math:`N` is not the length of the loader's dataset, if the optimiser decays
+            parameters of the posterior, if processes draw the same noise, or if most deviations are
+            still at their initial value in the end.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma and Welling, 2014)
@@ -159,6 +162,7 @@ def fit(
         try:
             objective.to(place).train()
             run.start()
+            _warn_of_decay(objective, optimizer)
             run.train(epochs, progress=progress and processes.rank() == 0)
         finally:
             optimizer.zero_grad()
@@ -201,6 +205,26 @@ def _check(objective: Any, optimizer: Any, scheduler: Any) -> None:
         )
     if not trains:
         raise ValueError("Expected objective to have parameters that train; got none.")
+
+
+def _warn_of_decay(objective: ELBO, optimizer: Optimizer) -> None:
+    """Warns if a posterior would be pulled elsewhere than to the prior."""
+    guide = objective.model.guide
+    names = {id(p): f"guide.{name}" for name, p in guide.named_parameters() if p.requires_grad}
+    decays: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        leaves = [p.leaf if isinstance(p, NamedView) else p for p in group["params"]]
+        if decay := float(group.get("weight_decay") or 0):
+            decays.update({names[id(leaf)]: decay for leaf in leaves if id(leaf) in names})
+    if decays:
+        warnings.warn(
+            f"Expected no weight decay on the posterior; got {max(decays.values()):g} for"
+            f" {list(decays)}. It pulls log σ² towards 0, so that deviations are too wide, and acts"
+            " beside the prior, which regularises already. Pass weight_decay=0 to the optimiser,"
+            ' or at least to the group {"params": bnn.guide.parameters(), "weight_decay": 0.0}.',
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_options(

@@ -424,5 +424,6 @@ def test_every_rule_has_a_case(monkeypatch):
     for case in CASES.values():
         with case.model().reparameterize(local_trick=True) as model:
             model(case.input())
-    missing = [getattr(f, "__qualname__", f) for f in set(RULES) - reached]
+    rounding = {torch.Tensor.half, torch.Tensor.bfloat16}  # in test_half.py: steps have no slope
+    missing = [getattr(f, "__qualname__", f) for f in set(RULES) - reached - rounding]
     assert not missing, f"Add a case to rule_cases.py for {missing}"

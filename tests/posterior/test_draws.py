@@ -374,33 +374,6 @@ def test_empty_and_0_dim_parameters_alone(chunked, sizes, kind, number):
         assert own.shape == (posterior.layout.size,)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kind", "number"), ASKED.values(), ids=ASKED)
-def test_half_precision_is_computed_by_the_formulas(kind, number, dtype):
-    posterior = make(dtype)
-    drawn = draws.draw(posterior, kind, number, 2.0)
-    single = kind == "variances" and dtype == torch.float16  # which has no small ones
-    for name, output in zip(NAMES, drawn.outputs, strict=True):
-        assert output.dtype == (torch.float32 if single else dtype)
-        assert output.stride() == torch.empty_like(PARAMETERS[name]).stride()
-    exact = Flat(posterior.layout, *(p.detach().double() for p in posterior[1:]))
-    outputs = [output.double() for output in drawn.outputs]
-    _, same, value = by_formula(exact, kind, number, 2.0, outputs)
-    torch.testing.assert_close(outputs, same, rtol=0.02, atol=0.02)
-    if number:
-        assert drawn.number.dtype == dtype
-        torch.testing.assert_close(drawn.number.double(), value, rtol=0.05, atol=0.2)
-    loss = sum(output.sum() for output in drawn.outputs) + (drawn.number.sum() if number else 0)
-    gradients = grad(loss, posterior[1:], materialize_grads=True)
-    assert all(g.dtype == dtype and g.isfinite().all() for g in gradients)
-
-
-def test_half_precision_is_summed_in_single():
-    posterior = Flat(Layout({"w": torch.empty(10_000)}), *torch.full((2, 10_000), -3.0).bfloat16())
-    expected = gaussian.divergence_terms(*(p.double() for p in posterior[1:]), 2.0).sum()
-    assert draws.divergence(posterior, 2.0).item() == pytest.approx(expected.item(), rel=0.01)
-
-
 # Transforms
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -393,3 +394,47 @@ def test_a_last_step_that_was_too_long_is_found_after_the_epoch(tmp_path):
     saved = checkpoint.load(file)
     assert len(saved["history"]["nll"]) == 1
     assert all(value.isfinite().all() for value in saved["objective"].values())
+
+
+# Weight decay: whether it is warned of, by what the groups of the optimiser are.
+
+
+def rest(objective):
+    """The deterministic parameters, and the likelihood's."""
+    own = {id(p) for p in objective.model.guide.parameters()}
+    return [p for p in objective.parameters() if id(p) not in own]
+
+
+def plain(parameters, decay=0.0):
+    return {"params": list(parameters), "weight_decay": decay}
+
+
+DECAYS = {
+    "default of AdamW": (lambda o: o.parameters(), True),
+    "none": (lambda o: [plain(o.parameters())], False),
+    "of others": (lambda o: [plain(o.model.guide.parameters()), plain(rest(o), 0.1)], False),
+    "of the posterior": (lambda o: [plain(o.model.guide.parameters(), 0.1), plain(rest(o))], True),
+    "of means": (
+        lambda o: [
+            plain(o.model.means.parameters(), 1e-6),
+            plain([*o.model.logvars.parameters(), *rest(o)]),
+        ],
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("leaves", ["flat", "named"])
+@pytest.mark.parametrize(("groups", "warns"), DECAYS.values(), ids=DECAYS)
+def test_weight_decay_of_the_posterior_is_warned_of(groups, warns, leaves):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    bnn = BayesianModel(net, init_logvar=-5.0, exclude_params="1.", leaves=leaves)
+    objective = ELBO(bnn, likelihoods.Gaussian(1.0, learn=True), N)
+    optimizer = torch.optim.AdamW(groups(objective), lr=0.05)
+    batches = [(torch.randn(4, 3), torch.randn(4, 1))]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        fit(objective, batches, 2, optimizer=optimizer, progress=False)
+    texts = [str(w.message) for w in record if "weight_decay=0" in str(w.message)]
+    assert len(texts) == warns
+    assert not any("log_scale" in text or "base" in text for text in texts)
