@@ -40,10 +40,10 @@ class BayesianModel(InspectedModule):
     is the posterior-mean network whenever no context is open. Attributes that are not found here
     are looked up in the base.
 
-    Parameters in half precision have a posterior in single, since steps of an optimiser would round
-    to none. The base has draws and means in its own dtype and memory: `base` shows the means
-    rounded, and what you write to it is taken over. A reference to the network that you kept is as
-    new as the last context or the last look at `base`. `bnn.half()` converts the base alone.
+    Parameters in half precision have a posterior in single, and the base has draws and means in its
+    own dtype and memory: `base` shows the means rounded, and takes over what you write to it. A
+    reference that you kept to the network is as new as the last context or the last look at `base`.
+    `bnn.half()` converts the base alone.
 
     Arguments:
         base: The module. Its parameters must have been initialised.
@@ -59,14 +59,13 @@ class BayesianModel(InspectedModule):
             `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
             see :class:`pyro_bayes.priors.variance.Empirical`. In a mapping from patterns to any of
             these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
-        name: What stands in front of the names of the sites, and of the parameters in Pyro's param
-            store, where a name that another living model has gets a number. Two models in one
-            Pyro model need names. By default, sites bear the parameters' own names, and the store
-            knows the model by its class.
-        leaves: What optimisers see. `"flat"`: all means as one parameter and all log-variances as
-            another, which is fastest. `"named"`: one pair per parameter of the base, for optimisers
-            that look at shapes, per-name arguments of Pyro's optimisers, hooks, and freezing by
-            name. `means` and `logvars` have the parameters' names in either case.
+        name: The prefix of the names of the sites, and of the parameters in Pyro's param store,
+            where a name that another living model has gets a number. Two models in one Pyro model
+            need names. By default, sites have none, and the store knows the model by its class.
+        leaves: What optimisers see. `"flat"`: all means as one parameter, all log-variances as
+            another, which is fastest. `"named"`: one pair per parameter of the base, to freeze by
+            name, and for hooks, optimisers that look at shapes, and Pyro's per-name arguments.
+            `means` and `logvars` have the parameters' names in either case.
 
     Attributes:
         base: The module.
@@ -135,10 +134,9 @@ class BayesianModel(InspectedModule):
 
         .. math:: \theta_i = \mu_i + \sigma_i \epsilon_i, \quad \epsilon_i \sim \mathcal{N}(0, 1)
 
-        Gradients flow to the posterior's parameters.
-
         Returns:
-            The draws by parameter name, of the parameters' shapes and dtypes.
+            The draws by parameter name, of the parameters' shapes and dtypes. Gradients flow to the
+            posterior's parameters.
 
         Example:
             >>> bnn = BayesianModel(nn.Linear(3, 1))
