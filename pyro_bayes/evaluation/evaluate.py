@@ -145,7 +145,8 @@ def evaluate(
             others = joined("ood", (uncertainties(p, views) for p in inputs))
     count = records["log_prob"].shape[1]
     if count < 2:
-        raise ValueError(f"Expected loader to have at least 2 examples to score; got {count}.")
+        kind = " with a label" if "labelled" in records else ""
+        raise ValueError(f"Expected loader to have at least 2 examples{kind}; got {count}.")
     table = _metrics(records, levels, bins)
     examples = dict.fromkeys(records, Bootstrap(count, replicates=_REPLICATES, seed=0))
     for name, record in others.items():

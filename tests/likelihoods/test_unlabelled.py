@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_labelled():
     assert found["brier"] == pytest.approx(brier[there].mean().item())
     confident = found.examples["confidence"][there].mean() - right[there].double().mean()
     assert abs(confident) <= found["ece"] + 1e-6
-    with pytest.raises(ValueError, match="at least 2 examples to score; got 0"):
+    with pytest.raises(ValueError, match="at least 2 examples with a label; got 0"):
         evaluate(bnn, likelihood, [(x[:2], y[:2])], 5)
 
 
