@@ -105,6 +105,16 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
+@every_dtype
+def test_what_a_likelihood_learns_keeps_its_digits(dtype):
+    objective = ELBO(make(torch.float32), likelihoods.Gaussian(0.3, learn=True), num_data=50)
+    log = objective.likelihood.log_scale.detach().clone()
+    assert torch.equal(objective.to(dtype).likelihood.log_scale, log)
+    assert objective.double().likelihood.log_scale.dtype == torch.float64
+    scales = torch.tensor([0.3, 0.4], dtype=dtype)
+    assert likelihoods.StudentT(scales, learn=True).log_scale.dtype == torch.float32
+
+
 class Net(nn.Module):
     """A function of a weight of single precision, whose means are 0."""
 

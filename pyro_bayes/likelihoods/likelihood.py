@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +19,11 @@ from pyro_bayes.base.state import where_double
 from pyro_bayes.base.torch_private import tree_leaves
 from pyro_bayes.likelihoods.predictive import Predictive
 from pyro_bayes.likelihoods.targets import check_values, fit_target
+from pyro_bayes.posterior.rounding import keeping_precision, wide
 from pyro_bayes.prediction.predict import Predictor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Likelihood(nn.Module, ABC):
@@ -260,6 +264,13 @@ class Likelihood(nn.Module, ABC):
             )
         return distribution
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        # What is learned would stand still in half precision, as a posterior would.
+        super()._apply(keeping_precision(fn), recurse=False)
+        return self
+
     def _check_log_prob(self, log_prob: Tensor) -> None:
         """Checks log-densities, which are numbers where outputs, targets and scales are."""
 
@@ -281,7 +292,7 @@ class Likelihood(nn.Module, ABC):
         if not ((values > 0) & (values < math.inf)).all():
             raise ValueError(f"Expected {name} to be positive and finite; got {value}.")
         dtype = value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()
-        log = values.log().to(given.device, dtype)
+        log = values.log().to(given.device, wide(dtype))
         if learn:
             self.register_parameter(f"log_{name}", nn.Parameter(log))
         else:
