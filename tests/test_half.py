@@ -105,6 +105,27 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
+class Average(nn.Module):
+    """Examples that meet, with small weights."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(4, 3, bias=False, dtype=dtype)
+        nn.init.uniform_(self.linear.weight, 1e-4, 1e-3)
+
+    def forward(self, x):
+        return x.new_full((len(x), len(x)), 1 / len(x)) @ self.linear(x)
+
+
+@every_dtype
+def test_examples_that_meet_are_found(dtype):
+    bnn, x = BayesianModel(Average(dtype)), torch.ones(6, 4, dtype=dtype)
+    with pytest.raises(ValueError, match="do not meet"), bnn.reparameterize(True) as net:
+        net(x)
+    with pytest.raises(ValueError, match="do not meet"):
+        bnn.look_at_examples(lambda net, x: net(x), x, local_trick="flipout")
+
+
 @every_dtype
 def test_what_a_likelihood_learns_keeps_its_digits(dtype):
     objective = ELBO(make(torch.float32), likelihoods.Gaussian(0.3, learn=True), num_data=50)
