@@ -47,7 +47,9 @@ class BayesianModel(InspectedModule):
             steps away from the default, a deviation of 0.011; -5 is nearer.
         include_params: Patterns of parameter names to include. A pattern matches the names that
             start with it; in it, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`. A
-            `-` in a name is matched by a literal `-`. By default, all parameters are included.
+            `-` in a name is matched by a literal `-`. By default, all parameters that train are
+            included. A frozen parameter (`requires_grad=False`) is included if a pattern other
+            than `""` matches it.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.

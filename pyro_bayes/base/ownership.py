@@ -80,6 +80,16 @@ def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> 
     return trained
 
 
+def trains(parameter: nn.Parameter) -> bool:
+    """Tells whether a parameter trains, or did before an owner that is alive froze it.
+
+    Arguments:
+        parameter: The parameter.
+    """
+    present = _claims.get(id(parameter))
+    return parameter.requires_grad or (present is not None and present.trained)
+
+
 def is_owner(owner: Any, parameter: nn.Parameter) -> bool:
     """Tells whether a parameter belongs to an owner.
 
