@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_base, is_number
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.selection import select
 from pyro_bayes.noise.context import context_noise
 from pyro_bayes.posterior.draws import draw
@@ -111,6 +112,7 @@ class BayesianModel(InspectedModule):
         parameters = dict(base.named_parameters())
         included = {c.name: parameters[c.name] for c in choices if c.included}
         shapes = {name: parameter.shape for name, parameter in included.items()}
+        fixed = FixedElements(base, {c.name: (c.name, *c.aliases) for c in choices if c.included})
         variances = prior_variances(prior_var, choices, shapes)
         prior = GaussianPrior(included, variance=variances, site_prefix=name or "")
         guide = MeanField(
@@ -120,9 +122,10 @@ class BayesianModel(InspectedModule):
             store_name=name or type(self).__name__,
             site_prefix=name or "",
             leaves=leaves,
+            fixed=fixed,
         )
         super().__init__(base, prior, guide, choices)
-        variances.follow(guide.posterior)
+        variances.follow(guide.posterior, guide.memory.fixed if fixed else None)
         self.init_logvar = float(init_logvar)
 
     # Draws

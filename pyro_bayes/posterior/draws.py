@@ -98,7 +98,9 @@ def _by_formulas(posterior: Flat, kind: Kind, number: Number | None, precision: 
     output = mean + spread if kind == "draws" else spread
     if number == "log_densities":
         deviation = _deviation(spread, output, mean)
-        value = layout.sums(gaussian.log_densities(deviation, torch.zeros_like(mean), logvar))
+        logvar = layout.without_fixed(logvar)
+        terms = gaussian.log_densities(deviation, torch.zeros_like(mean), logvar)
+        value = layout.sums(layout.without_fixed(terms))
     return Drawn(means, layout.split(output), value)
 
 
@@ -109,7 +111,8 @@ def _deviation(spread: Tensor, draw: Tensor, mean: Tensor) -> Tensor:
 
 def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision) -> Tensor:
     layout, mean, logvar = posterior
-    terms = gaussian.divergence_terms(mean, logvar, _present(precision, mean, logvar))
+    precision = _present(precision, mean, logvar)
+    terms = layout.without_fixed(gaussian.divergence_terms(mean, logvar, precision))
     return (terms.sum() if number == "divergence" else layout.sums(terms)).to(mean.dtype)
 
 
@@ -177,7 +180,7 @@ class _LogDensity(torch.autograd.Function):
         layout: Layout = ctx.layout
         if torch.is_grad_enabled() or is_batched([grad]):
             deviation = _deviation(spread, layout.flatten(draws), mean)
-            grad = layout.spread(grad)
+            grad, logvar = layout.spread(grad), layout.without_fixed(logvar)
             scaled = grad * deviation * (-logvar).exp()
             of_logvar = 0.5 * (scaled * deviation - grad)
             return None, None, None, scaled, of_logvar, *layout.split(-scaled)
@@ -201,7 +204,8 @@ def _gradients_by_formula(
     if of_means is not None:
         of_mean = of_mean + layout.flatten(of_means, mean)
     if of_outputs is not None and spread is not None:
-        spread = spread * (weight * (logvar - logvar.detach())).exp()
+        change = layout.without_fixed(logvar - logvar.detach())
+        spread = spread * (weight * change).exp()
         of_output = layout.flatten(of_outputs, mean)
         of_logvar = of_logvar + weight * of_output * spread
     if of_number is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -62,6 +63,10 @@ class Layout:
         parts: The parameters, in order.
         names: Their names.
         size: The number of all elements.
+        fixed: Which elements carry no information and are not random, a flat tensor; `None` if
+            there are none.
+        masks: The same by name, of the parameters that have such elements.
+        free: How many elements of each parameter are random.
 
     Example:
         >>> layout = Layout({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
@@ -78,9 +83,40 @@ class Layout:
         )
         self.names = tuple(parameters)
         self.sizes = sizes
+        self.fix({}, None)
         self.size = sum(sizes)
         self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
         self._chunks = tuple(_chunks(sizes))
+
+    def fix(self, masks: Mapping[str, Tensor], device: torch.device | None) -> None:
+        """Says which elements carry no information.
+
+        Arguments:
+            masks: Where they are by name. What is not here has none.
+            device: The device of the flat tensors.
+        """
+        own = {name: mask for name, mask in masks.items() if name in self.names}
+        self.fixed: Tensor | None = None
+        self.masks: dict[str, Tensor] = {}
+        self.free = list(self.sizes)
+        if own:
+            none = (torch.zeros(part.shape, dtype=torch.bool, device="cpu") for part in self.parts)
+            every = [own.get(*pair) for pair in zip(self.names, none, strict=True)]
+            self.fixed = self.flatten(every).to(device)
+            self.free = [int((~mask).sum()) for mask in every]
+            views = zip(self.names, self.views(self.fixed), strict=True)
+            self.masks = {name: view for name, view in views if name in own}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), fixed=None, masks={}, free=list(self.sizes))
+
+    def without_fixed(self, terms: Tensor) -> Tensor:
+        """Returns terms, a flat tensor, with zeros in the place of elements that are fixed.
+
+        Arguments:
+            terms: The terms.
+        """
+        return terms if self.fixed is None else terms.masked_fill(self.fixed, 0.0)
 
     def chunks(self, flat: Tensor) -> Sequence[Chunk]:
         """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""
@@ -221,6 +257,11 @@ class Flat(NamedTuple):
     mean: Tensor
     logvar: Tensor
 
+    def held(self) -> Flat:
+        """Returns the posterior in which elements that are fixed have no variance."""
+        layout, mean, logvar = self
+        return self if layout.fixed is None else Flat(layout, *held(mean, logvar, layout.fixed))
+
 
 class Drawn(NamedTuple):
     """What was computed of each parameter.
@@ -234,6 +275,19 @@ class Drawn(NamedTuple):
     means: list[Tensor]
     outputs: list[Tensor]
     number: Tensor | None
+
+
+def held(mean: Tensor, logvar: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns :math:`\mu` and :math:`\log \sigma^2` where some elements are fixed.
+
+    These get no gradient, and have a :math:`\log \sigma^2` of :math:`-\infty`.
+
+    Arguments:
+        mean: The means.
+        logvar: The log-variances, of the same shape.
+        fixed: Which elements are fixed, likewise.
+    """
+    return torch.where(fixed, mean.detach(), mean), logvar.masked_fill(fixed, -math.inf)
 
 
 def _zeros(part: Part, like: Tensor | None) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
-from pyro_bayes.posterior.layout import Flat, Layout, Part
+from pyro_bayes.posterior.layout import Flat, Layout, Part, held
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
 
 Leaves: TypeAlias = Literal["flat", "named"]
@@ -51,6 +52,7 @@ class Memory:
         module: The module whose parameters they become.
         initial: The initial means and log-variances by dotted name.
         leaves: Which leaves to have.
+        fixed: Which elements carry no information, if any may.
 
     Attributes:
         means: A module of the means under the parameters' own names.
@@ -62,9 +64,13 @@ class Memory:
     addresses: dict[str, int]
 
     def __init__(
-        self, module: nn.Module, initial: Mapping[str, tuple[Tensor, Tensor]], leaves: Leaves
+        self,
+        module: nn.Module,
+        initial: Mapping[str, tuple[Tensor, Tensor]],
+        leaves: Leaves,
+        fixed: FixedElements | None = None,
     ) -> None:
-        self.leaves, self._names = leaves, tuple(initial)
+        self.leaves, self._names, self._fixed = leaves, tuple(initial), fixed or None
         # A reference to the module itself would be a cycle.
         self._parameters: dict[str, Any] = module._parameters
         self._modules: dict[str, Any] = module._modules
@@ -100,10 +106,18 @@ class Memory:
         """Returns the posterior of each dtype and device, as a function of the leaves.
 
         What stands in the leaves' places, as in :func:`torch.func.functional_call`, counts.
+        Elements that carry no information have no variance.
 
         Arguments:
             values: What to take instead of leaves, by the names that :meth:`stored` has for them.
         """
+        flats = self._present(values)
+        if self._fixed is None:
+            return flats
+        self._fix()
+        return [flat.held() for flat in flats]
+
+    def _present(self, values: Mapping[str, Tensor] | None) -> list[Flat]:
         if values is None and self._is_intact():
             return self._intact
         if not torch.compiler.is_compiling() and self._has_moved():
@@ -121,7 +135,24 @@ class Memory:
     def by_name(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the mean and the log-variance of each parameter by name."""
         means, logvars = (self._places[kind] for kind in KINDS)
-        return {name: (means[name].present, logvars[name].present) for name in self._names}
+        pairs = {name: (means[name].present, logvars[name].present) for name in self._names}
+        if self._fixed is not None:
+            self._fix()
+            with torch.enable_grad():  # as with leaves, the gradient may be asked for later
+                masks = [item for layout in self._layouts for item in layout.masks.items()]
+                pairs |= {name: held(*pairs[name], mask) for name, mask in masks}
+        return pairs
+
+    def fixed(self, name: str) -> Tensor | None:
+        """Returns which elements of a parameter carry no information, if there are any.
+
+        Arguments:
+            name: The name of the parameter.
+        """
+        if self._fixed is None:
+            return None
+        self._fix()
+        return next((lay.masks[name] for lay in self._layouts if name in lay.masks), None)
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Returns the leaves by the names that Pyro's param store has for them."""
@@ -196,6 +227,15 @@ class Memory:
         return joined
 
     # Keeping it whole
+
+    def _fix(self, *, moved: bool = False) -> None:
+        """Takes over which elements carry no information, if that has changed."""
+        if self._fixed is None or torch.compiler.is_compiling():
+            return
+        if moved or self._fixed.changed():
+            masks = self._fixed.masks()
+            for layout, pair in zip(self._layouts, self._flats, strict=True):
+                layout.fix(masks, pair[0].device)
 
     def refresh(self) -> None:
         """Makes all of one memory again, after leaves were converted, loaded or replaced."""
@@ -272,6 +312,7 @@ class Memory:
             for kind in KINDS
         }
         self._note_addresses()
+        self._fix(moved=True)
         if self.leaves == "flat":
             leaves = {key: self._parameters[key] for keys in self._keys for key in keys}
             self._watched = [(key, leaf, leaf.data_ptr()) for key, leaf in leaves.items()]

@@ -54,6 +54,7 @@ def sample(
             terms = gaussian.log_densities(spread, torch.zeros_like(mean), logvar)
         else:
             terms = device.divergence_terms(mean, logvar, precision)
+        terms = layout.without_fixed(terms)
         return output, spread, terms.sum() if number == "divergence" else layout.sums(terms)
     output = torch.empty_like(mean) if kind else mean
     spread = torch.empty_like(mean) if kind == "draws" else output
@@ -141,6 +142,9 @@ def log_density_gradients(
         torch.neg(v, out=a).exp_().mul_(s).mul_(factor)
         torch.mul(a, s, out=b).sub_(factor).mul_(0.5)
         torch.neg(a, out=c)
+    if layout.fixed is not None:
+        for gradient in (of_mean, of_logvar, of_draws):
+            gradient.masked_fill_(layout.fixed, 0.0)
     return of_mean, of_logvar, of_draws
 
 
@@ -150,12 +154,15 @@ class _Sums:
     def __init__(self, layout: Layout, number: Number | None, like: Tensor) -> None:
         self._layout, self._like, self._is_log = layout, like, number == "log_densities"
         self._total: Any = 0.0
+        self._fixed = layout.fixed
         self._sums: list[Any] | None = None
         if number not in (None, "divergence"):
             self._sums = [0.0] * len(layout.parts)
 
     def add(self, chunk: Chunk, terms: Tensor) -> None:
-        """Adds terms of a chunk, one for each element."""
+        """Adds terms of a chunk, one for each element; those of fixed elements are left out."""
+        if self._fixed is not None:
+            terms = terms.masked_fill(self._fixed[chunk.start : chunk.stop], 0.0)
         if self._sums is None:
             self._total += _number(terms.sum())
             return
@@ -167,7 +174,8 @@ class _Sums:
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
         r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand."""
-        if total is not None and not isinstance(precision, Tensor) and m.is_cpu:
+        plain = self._fixed is None and not isinstance(precision, Tensor)
+        if total is not None and plain and m.is_cpu:
             size, ratio = len(m), float(total) * precision
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
@@ -184,7 +192,7 @@ class _Sums:
             return total if isinstance(total, Tensor) else self._like.new_tensor(total)
         numbers = [0.5 * s for s in self._sums]
         if self._is_log:
-            pairs = zip(numbers, self._layout.sizes, strict=True)
+            pairs = zip(numbers, self._layout.free, strict=True)
             numbers = [-s - 0.5 * size * math.log(2 * math.pi) for s, size in pairs]
         if all([isinstance(n, float) for n in numbers]):
             return self._like.new_tensor(numbers)
