@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -41,6 +42,16 @@ class FixedElements:
             if all([_has_padding(*place) or place[1].endswith("_orig") for place in places]):
                 self._places[name], self._shapes[name] = places, parameters[name].shape
         self._seen: list[tuple[Any, str, Any, int]] | None = None
+        for path, module in modules.items():
+            prefix = f"{path}." if path else ""
+            computed = _has_padding(module, "weight") and not _own_weight(module)
+            if computed and any(name.startswith(prefix) for name in names):
+                warnings.warn(
+                    f"Expected the embedding '{path}' to hold its weight; got one that is computed"
+                    " from other parameters, so that its padding row is random like the others."
+                    f" Exclude it, as in exclude_params={prefix!r}, or remove the parametrization.",
+                    stacklevel=3,
+                )
 
     def __bool__(self) -> bool:
         """Tells whether any element may be fixed, now or later."""
@@ -77,6 +88,12 @@ class FixedElements:
 
 def _has_padding(module: nn.Module, key: str) -> bool:
     return isinstance(module, _EMBEDDINGS) and key in ("weight", "weight_orig")
+
+
+def _own_weight(module: nn.Module) -> bool:
+    return module.padding_idx is None or not {"weight", "weight_orig"}.isdisjoint(
+        module._parameters
+    )
 
 
 def _sources(module: nn.Module, key: str) -> Iterator[tuple[Any, str]]:

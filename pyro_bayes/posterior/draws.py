@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_batched, is_transformed, untracked_views
 from pyro_bayes.posterior import gaussian, passes
+from pyro_bayes.posterior.fixed import warn_of_use
 from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
 
@@ -155,6 +156,8 @@ class _Draw(torch.autograd.Function):
         of_outputs = _any(tensors[-count - 1 : -1])
         of_means = of_outputs if ctx.kind == "draws" else _any(tensors[: -count - 1])
         of_number = None if ctx.is_log else of_number
+        if not ctx.layout.checked and of_means is not None:
+            warn_of_use(ctx.layout, of_means)
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
         compute, precision = passes.gradients, ctx.present

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -63,10 +62,11 @@ class Layout:
         parts: The parameters, in order.
         names: Their names.
         size: The number of all elements.
-        fixed: Which elements carry no information and are not random, a flat tensor; `None` if
+        fixed: The places of the elements that carry no information and are not random; `None` if
             there are none.
-        masks: The same by name, of the parameters that have such elements.
+        masks: Which elements these are, by the names of the parameters that have any.
         free: How many elements of each parameter are random.
+        checked: Whether it is known if the network uses elements that are fixed.
 
     Example:
         >>> layout = Layout({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
@@ -83,10 +83,10 @@ class Layout:
         )
         self.names = tuple(parameters)
         self.sizes = sizes
-        self.fix({}, None)
         self.size = sum(sizes)
         self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
         self._chunks = tuple(_chunks(sizes))
+        self.fix({}, None)
 
     def fix(self, masks: Mapping[str, Tensor], device: torch.device | None) -> None:
         """Says which elements carry no information.
@@ -97,18 +97,32 @@ class Layout:
         """
         own = {name: mask for name, mask in masks.items() if name in self.names}
         self.fixed: Tensor | None = None
-        self.masks: dict[str, Tensor] = {}
+        self.checked = not own
+        self.masks = {name: mask.to(device) for name, mask in own.items()}
         self.free = list(self.sizes)
+        self._fixed_in: dict[tuple[int, int], Tensor] = {}
         if own:
             none = (torch.zeros(part.shape, dtype=torch.bool, device="cpu") for part in self.parts)
             every = [own.get(*pair) for pair in zip(self.names, none, strict=True)]
-            self.fixed = self.flatten(every).to(device)
+            where = self.flatten(every).nonzero().squeeze(-1)
             self.free = [int((~mask).sum()) for mask in every]
-            views = zip(self.names, self.views(self.fixed), strict=True)
-            self.masks = {name: view for name, view in views if name in own}
+            self.fixed = where.to(device)
+            for chunk in self._chunks:
+                here = where[(where >= chunk.start) & (where < chunk.stop)]
+                if len(here):
+                    self._fixed_in[chunk.start, chunk.stop] = here - chunk.start
+            self._fixed_in[0, self.size] = self.fixed
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self), fixed=None, masks={}, free=list(self.sizes))
+        return dict(vars(self), fixed=None, masks={}, free=list(self.sizes), _fixed_in={})
+
+    def fixed_in(self, chunk: Chunk) -> Tensor | None:
+        """Returns the places in a chunk of the elements that are fixed, if any are.
+
+        Arguments:
+            chunk: The chunk.
+        """
+        return self._fixed_in.get(chunk[:2])
 
     def without_fixed(self, terms: Tensor) -> Tensor:
         """Returns terms, a flat tensor, with zeros in the place of elements that are fixed.
@@ -116,7 +130,7 @@ class Layout:
         Arguments:
             terms: The terms.
         """
-        return terms if self.fixed is None else terms.masked_fill(self.fixed, 0.0)
+        return terms if self.fixed is None else terms.index_fill(-1, self.fixed, 0.0)
 
     def chunks(self, flat: Tensor) -> Sequence[Chunk]:
         """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""
@@ -257,11 +271,6 @@ class Flat(NamedTuple):
     mean: Tensor
     logvar: Tensor
 
-    def held(self) -> Flat:
-        """Returns the posterior in which elements that are fixed have no variance."""
-        layout, mean, logvar = self
-        return self if layout.fixed is None else Flat(layout, *held(mean, logvar, layout.fixed))
-
 
 class Drawn(NamedTuple):
     """What was computed of each parameter.
@@ -275,19 +284,6 @@ class Drawn(NamedTuple):
     means: list[Tensor]
     outputs: list[Tensor]
     number: Tensor | None
-
-
-def held(mean: Tensor, logvar: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns :math:`\mu` and :math:`\log \sigma^2` where some elements are fixed.
-
-    These get no gradient, and have a :math:`\log \sigma^2` of :math:`-\infty`.
-
-    Arguments:
-        mean: The means.
-        logvar: The log-variances, of the same shape.
-        fixed: Which elements are fixed, likewise.
-    """
-    return torch.where(fixed, mean.detach(), mean), logvar.masked_fill(fixed, -math.inf)
 
 
 def _zeros(part: Part, like: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
-from pyro_bayes.posterior.layout import Flat, Layout, Part, held
+from pyro_bayes.posterior.fixed import hold, hold_by_name
+from pyro_bayes.posterior.layout import Flat, Layout, Part
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
 
 Leaves: TypeAlias = Literal["flat", "named"]
@@ -115,7 +116,7 @@ class Memory:
         if self._fixed is None:
             return flats
         self._fix()
-        return [flat.held() for flat in flats]
+        return [hold(flat) for flat in flats]
 
     def _present(self, values: Mapping[str, Tensor] | None) -> list[Flat]:
         if values is None and self._is_intact():
@@ -140,7 +141,7 @@ class Memory:
             self._fix()
             with torch.enable_grad():  # as with leaves, the gradient may be asked for later
                 masks = [item for layout in self._layouts for item in layout.masks.items()]
-                pairs |= {name: held(*pairs[name], mask) for name, mask in masks}
+                pairs |= {name: hold_by_name(*pairs[name], mask) for name, mask in masks}
         return pairs
 
     def fixed(self, name: str) -> Tensor | None:

@@ -144,7 +144,7 @@ def log_density_gradients(
         torch.neg(a, out=c)
     if layout.fixed is not None:
         for gradient in (of_mean, of_logvar, of_draws):
-            gradient.masked_fill_(layout.fixed, 0.0)
+            gradient.index_fill_(0, layout.fixed, 0.0)
     return of_mean, of_logvar, of_draws
 
 
@@ -154,15 +154,15 @@ class _Sums:
     def __init__(self, layout: Layout, number: Number | None, like: Tensor) -> None:
         self._layout, self._like, self._is_log = layout, like, number == "log_densities"
         self._total: Any = 0.0
-        self._fixed = layout.fixed
         self._sums: list[Any] | None = None
         if number not in (None, "divergence"):
             self._sums = [0.0] * len(layout.parts)
 
     def add(self, chunk: Chunk, terms: Tensor) -> None:
         """Adds terms of a chunk, one for each element; those of fixed elements are left out."""
-        if self._fixed is not None:
-            terms = terms.masked_fill(self._fixed[chunk.start : chunk.stop], 0.0)
+        fixed = self._layout.fixed_in(chunk)
+        if fixed is not None:
+            terms.index_fill_(0, fixed, 0.0)
         if self._sums is None:
             self._total += _number(terms.sum())
             return
@@ -174,9 +174,12 @@ class _Sums:
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
         r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand."""
-        plain = self._fixed is None and not isinstance(precision, Tensor)
-        if total is not None and plain and m.is_cpu:
-            size, ratio = len(m), float(total) * precision
+        size, fixed = len(m), self._layout.fixed_in(chunk)
+        if fixed is not None:
+            m, v = m.index_fill(0, fixed, 0.0), v.index_fill(0, fixed, 0.0)
+            size -= len(fixed)
+        if total is not None and not isinstance(precision, Tensor) and m.is_cpu:
+            ratio = float(total) * precision
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
                 logs = float(v.sum()) + size * math.log(precision)
