@@ -125,7 +125,8 @@ class BayesianModel(InspectedModule):
             fixed=fixed,
         )
         super().__init__(base, prior, guide, choices)
-        variances.follow(guide.posterior, guide.memory.fixed if fixed else None)
+        fixed_of = guide.memory.fixed.mask if guide.memory.fixed else None
+        variances.follow(guide.posterior, fixed_of)
         self.init_logvar = float(init_logvar)
 
     # Draws

@@ -10,8 +10,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.posterior.layout import Flat, Layout
+
+
+class Fixed:
+    """The elements of a posterior that carry no information, as they are in the base now.
+
+    Arguments:
+        elements: What tells which they are.
+        layouts: Where parameters lie.
+    """
+
+    def __init__(self, elements: FixedElements, layouts: Sequence[Layout]) -> None:
+        self._elements, self._layouts = elements, layouts
+        self._devices: list[torch.device] = []
+
+    def place(self, devices: list[torch.device]) -> None:
+        """Notes where flat tensors are from now on.
+
+        Arguments:
+            devices: The device of each layout.
+        """
+        self._devices = devices
+        masks = self._elements.masks()
+        for layout, device in zip(self._layouts, devices, strict=True):
+            layout.fix(masks, device)
+
+    def mask(self, name: str) -> Tensor | None:
+        """Returns which elements of a parameter are fixed, if there are any."""
+        return self._masks().get(name)
+
+    def hold(self, flats: list[Flat]) -> list[Flat]:
+        """Does what :func:`hold` does of each dtype and device."""
+        self._masks()
+        return [hold(flat) for flat in flats]
+
+    def hold_by_name(
+        self, pairs: dict[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Does what :func:`hold` does of means and log-variances by name."""
+        with torch.enable_grad():  # as of leaves, a gradient may be asked for later
+            for name, mask in self._masks().items():
+                mean, logvar = pairs[name]
+                held = torch.where(mask, mean.detach(), mean), logvar.masked_fill(mask, -math.inf)
+                pairs[name] = held
+        return pairs
+
+    def _masks(self) -> dict[str, Tensor]:
+        # A compiler would guard what is looked at.
+        if not torch.compiler.is_compiling() and self._elements.changed():
+            self.place(self._devices)
+        return {name: mask for layout in self._layouts for name, mask in layout.masks.items()}
 
 
 def hold(posterior: Flat) -> Flat:
@@ -36,17 +87,6 @@ def hold(posterior: Flat) -> Flat:
         mean = mean.index_copy(-1, layout.fixed, values)
         return Flat(layout, mean, logvar.index_fill(-1, layout.fixed, -math.inf))
     return Flat(layout, *_Hold.apply(layout, mean, logvar))
-
-
-def hold_by_name(mean: Tensor, logvar: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what :func:`hold` does of one parameter.
-
-    Arguments:
-        mean: The means.
-        logvar: The log-variances, of the same shape.
-        mask: Which elements are fixed, likewise.
-    """
-    return torch.where(mask, mean.detach(), mean), logvar.masked_fill(mask, -math.inf)
 
 
 def warn_of_use(layout: Layout, gradients: Sequence[Tensor | None]) -> None:

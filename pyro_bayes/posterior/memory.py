@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
-from pyro_bayes.posterior.fixed import hold, hold_by_name
+from pyro_bayes.posterior.fixed import Fixed
 from pyro_bayes.posterior.layout import Flat, Layout, Part
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
 
@@ -53,13 +53,14 @@ class Memory:
         module: The module whose parameters they become.
         initial: The initial means and log-variances by dotted name.
         leaves: Which leaves to have.
-        fixed: Which elements carry no information, if any may.
+        elements: Which elements carry no information.
 
     Attributes:
         means: A module of the means under the parameters' own names.
         logvars: A module of the log-variances, likewise.
         leaves: Which leaves there are.
         addresses: The address of each mean by name, 0 if it has no elements.
+        fixed: The elements that carry no information; `None` if there never are any.
     """
 
     addresses: dict[str, int]
@@ -69,9 +70,9 @@ class Memory:
         module: nn.Module,
         initial: Mapping[str, tuple[Tensor, Tensor]],
         leaves: Leaves,
-        fixed: FixedElements | None = None,
+        elements: FixedElements | None = None,
     ) -> None:
-        self.leaves, self._names, self._fixed = leaves, tuple(initial), fixed or None
+        self.leaves, self._names = leaves, tuple(initial)
         # A reference to the module itself would be a cycle.
         self._parameters: dict[str, Any] = module._parameters
         self._modules: dict[str, Any] = module._modules
@@ -79,6 +80,7 @@ class Memory:
         for name, (mean, _) in initial.items():
             types.setdefault((mean.dtype, mean.device), {})[name] = mean
         self._layouts = [Layout(group) for group in types.values()]
+        self.fixed = Fixed(elements, self._layouts) if elements else None
         self._keys: list[tuple[str, ...]] = [
             tuple(f"{kind}_{i}" if i else kind for kind in KINDS) for i in range(len(types))
         ]
@@ -112,19 +114,12 @@ class Memory:
         Arguments:
             values: What to take instead of leaves, by the names that :meth:`stored` has for them.
         """
-        flats = self._present(values)
-        if self._fixed is None:
-            return flats
-        self._fix()
-        return [hold(flat) for flat in flats]
-
-    def _present(self, values: Mapping[str, Tensor] | None) -> list[Flat]:
         if values is None and self._is_intact():
-            return self._intact
+            return self.fixed.hold(self._intact) if self.fixed else self._intact
         if not torch.compiler.is_compiling() and self._has_moved():
             self.refresh()
         pairs = zip(self._layouts, self._keys, self._flats, strict=True)
-        return [
+        flats = [
             Flat(
                 layout,
                 self._flat(layout, "mean", keys[0], pair[0], values or {}),
@@ -132,28 +127,13 @@ class Memory:
             )
             for layout, keys, pair in pairs
         ]
+        return self.fixed.hold(flats) if self.fixed else flats
 
     def by_name(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the mean and the log-variance of each parameter by name."""
         means, logvars = (self._places[kind] for kind in KINDS)
         pairs = {name: (means[name].present, logvars[name].present) for name in self._names}
-        if self._fixed is not None:
-            self._fix()
-            with torch.enable_grad():  # as with leaves, the gradient may be asked for later
-                masks = [item for layout in self._layouts for item in layout.masks.items()]
-                pairs |= {name: hold_by_name(*pairs[name], mask) for name, mask in masks}
-        return pairs
-
-    def fixed(self, name: str) -> Tensor | None:
-        """Returns which elements of a parameter carry no information, if there are any.
-
-        Arguments:
-            name: The name of the parameter.
-        """
-        if self._fixed is None:
-            return None
-        self._fix()
-        return next((lay.masks[name] for lay in self._layouts if name in lay.masks), None)
+        return self.fixed.hold_by_name(pairs) if self.fixed else pairs
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Returns the leaves by the names that Pyro's param store has for them."""
@@ -228,15 +208,6 @@ class Memory:
         return joined
 
     # Keeping it whole
-
-    def _fix(self, *, moved: bool = False) -> None:
-        """Takes over which elements carry no information, if that has changed."""
-        if self._fixed is None or torch.compiler.is_compiling():
-            return
-        if moved or self._fixed.changed():
-            masks = self._fixed.masks()
-            for layout, pair in zip(self._layouts, self._flats, strict=True):
-                layout.fix(masks, pair[0].device)
 
     def refresh(self) -> None:
         """Makes all of one memory again, after leaves were converted, loaded or replaced."""
@@ -313,7 +284,8 @@ class Memory:
             for kind in KINDS
         }
         self._note_addresses()
-        self._fix(moved=True)
+        if self.fixed:
+            self.fixed.place([pair[0].device for pair in self._flats])
         if self.leaves == "flat":
             leaves = {key: self._parameters[key] for keys in self._keys for key in keys}
             self._watched = [(key, leaf, leaf.data_ptr()) for key, leaf in leaves.items()]
