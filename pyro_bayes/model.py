@@ -311,7 +311,8 @@ class BayesianModel(InspectedModule):
 
         It is a sum over all included parameters, to be added to the negative log-likelihood of a
         whole dataset of N points, or divided by N and added to the mean over points. N is the size
-        of the dataset also with minibatches.
+        of the dataset also with minibatches. Elements that carry no information are left out:
+        padding rows of embeddings, and what :mod:`torch.nn.utils.prune` has masked.
 
         Arguments:
             prior_var: The variance :math:`\sigma_p^2` of the prior, as in the model, whose it is by
