@@ -101,9 +101,9 @@ def select(
             )
 
     choices = []
-    for key, aliases in names.items():
-        free = frozen or ownership.trains(parameters[key])
-        included, reason = _decide(parameters[key], aliases, include, exclude, free)
+    trains = ownership.trained([*parameters.values()])
+    for (key, aliases), free in zip(names.items(), trains, strict=True):
+        included, reason = _decide(parameters[key], aliases, include, exclude, frozen or free)
         choices.append(Choice(aliases[0], tuple(aliases[1:]), included, reason))
     if not any(choice.included for choice in choices):
         reasons = ", ".join(f"{c.name}: {c.reason}" for c in choices[:5])
@@ -190,8 +190,7 @@ def _advice(choices: Sequence[Choice]) -> str:
         return "Widen include_params or narrow exclude_params."
     return (
         "Parameters with requires_grad=False stay deterministic: name them, as in"
-        f" include_params={frozen[0]!r}, or call base.requires_grad_() before you wrap the base. A"
-        " copy of another model's base has its Bayesian parameters frozen."
+        f" include_params={frozen[0]!r}, or call base.requires_grad_() before you wrap the base."
     )
 
 

@@ -85,8 +85,7 @@ class Run:
     def _is_alike(self, name: str, value: Tensor, like: Tensor) -> bool:
         fixed = isinstance(self._variances.rules[name], float)
         same = value.dtype == like.dtype and value.device == like.device
-        whole = self._variances.fixed(name) is None
-        return fixed and same and whole and not isinstance(value, GaussianTensor)
+        return fixed and same and not isinstance(value, GaussianTensor)
 
 
 class Prior(dist.Independent):

@@ -110,6 +110,17 @@ def test_frozen_parameters_are_included_if_a_pattern_names_them(include, expecte
     assert list(BayesianModel(net).sample_params()) == ["1.bias", "2.weight", "2.bias"]
 
 
+def test_a_copy_of_a_base_trains_as_that_did():
+    net = frozen(0)
+    bnn = BayesianModel(net, exclude_params="1.bias")
+    copied = copy.deepcopy(net)
+    assert list(BayesianModel(copied).sample_params()) == ["1.bias", "2.weight", "2.bias"]
+    other = pickle.loads(pickle.dumps(bnn.base))
+    with torch.no_grad():
+        other[2].bias += 1  # so that it may be another network
+    assert list(BayesianModel(other).sample_params()) == ["1.bias"]
+
+
 def test_a_base_of_frozen_parameters():
     with pytest.raises(ValueError, match=r"frozen, not named.*include_params='0.weight'"):
         BayesianModel(frozen(0, 1, 2))

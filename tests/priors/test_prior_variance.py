@@ -233,7 +233,7 @@ def test_copies_follow_their_own_posterior(net, way):
         prior = copy.deepcopy(bnn.prior)
         assert prior()["0.weight"].shape == (8, 3)
     else:
-        other = make(copy.deepcopy(net).requires_grad_(), RULES["each"][0], name="bnn")
+        other = make(copy.deepcopy(net), RULES["each"][0], name="bnn")
         other.load_state_dict(bnn.state_dict())
     torch.testing.assert_close(other.kl_divergence(), bnn.kl_divergence())
 
