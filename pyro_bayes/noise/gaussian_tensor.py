@@ -154,9 +154,7 @@ class GaussianTensor(torch.Tensor):
             return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
         if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            # A variance of 0, whose logarithm is infinite, stays 0.
-            one = (0.5 * (logvar - logvar.detach())).nan_to_num(0.0).exp()
-            kept = kept.clone()
+            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach()).nan_to_num(0.0)).exp()
             if name == "perturbation":
                 return kept * one
             return kept + (mean - mean.detach()) + (kept - mean).detach() * (one - 1)

@@ -156,7 +156,7 @@ class _Draw(torch.autograd.Function):
         of_outputs = _any(tensors[-count - 1 : -1])
         of_means = of_outputs if ctx.kind == "draws" else _any(tensors[: -count - 1])
         of_number = None if ctx.is_log else of_number
-        if not ctx.layout.checked and of_means is not None:
+        if ctx.layout.checks and of_means is not None:
             warn_of_use(ctx.layout, of_means)
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
@@ -165,7 +165,11 @@ class _Draw(torch.autograd.Function):
             compute, precision = _gradients_by_formula, ctx.precision
         weight = 1.0 if ctx.kind == "variances" else 0.5
         rest = of_means, of_outputs, of_number, precision
-        return None, None, None, None, *compute(ctx.layout, weight, mean, logvar, spread, *rest)
+        gradients = compute(ctx.layout, weight, mean, logvar, spread, *rest)
+        if ctx.layout.checks and compute is passes.gradients:  # other uses are looked at later
+            for gradient in gradients:
+                gradient.index_fill_(0, ctx.layout.fixed, 0.0)
+        return None, None, None, None, *gradients
 
 
 class _LogDensity(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.base.fixed import FixedElements
-from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.base.torch_private import is_batched, is_transformed
 from pyro_bayes.posterior.layout import Flat, Layout
 
 
@@ -98,12 +98,12 @@ def warn_of_use(layout: Layout, gradients: Sequence[Tensor | None]) -> None:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return  # no value can be looked at
-    layout.checked = True
     for name, gradient in zip(layout.names, gradients, strict=True):
         if name not in layout.masks or gradient is None:
             continue
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         if (gradient[layout.masks[name]].abs() > 0).any():
+            layout.checks = 0
             warnings.warn(
                 f"Expected the padding row or the pruned elements of '{name}' to have no effect on"
                 " the loss; got a gradient of them, which is dropped: they are not random, and do"
@@ -119,9 +119,13 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.fixed = layout.fixed
+        ctx.layout, ctx.fixed = layout, layout.fixed
         return mean.view_as(mean), logvar.index_fill(-1, ctx.fixed, -math.inf)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.layout.checks and grads[0] is not None and not torch.is_grad_enabled():
+            ctx.layout.checks -= 1
+            if not is_batched(grads):
+                warn_of_use(ctx.layout, ctx.layout.split(grads[0]))
         return None, *(None if g is None else g.index_fill(-1, ctx.fixed, 0.0) for g in grads)

@@ -66,7 +66,7 @@ class Layout:
             there are none.
         masks: Which elements these are, by the names of the parameters that have any.
         free: How many elements of each parameter are random.
-        checked: Whether it is known if the network uses elements that are fixed.
+        checks: In how many backward passes to look whether a network uses what is fixed.
 
     Example:
         >>> layout = Layout({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
@@ -97,7 +97,7 @@ class Layout:
         """
         own = {name: mask for name, mask in masks.items() if name in self.names}
         self.fixed: Tensor | None = None
-        self.checked = not own
+        self.checks = 10 if own else 0
         self.masks = {name: mask.to(device) for name, mask in own.items()}
         self.free = list(self.sizes)
         self._fixed_in: dict[tuple[int, int], Tensor] = {}

@@ -217,7 +217,7 @@ def test_formulas_and_passes_agree(fixed, shift):
     layout, mask = Layout({"a": torch.zeros(2, 3), "b": torch.zeros(2)}), torch.zeros(6).bool()
     mask[fixed] = True
     layout.fix({"a": mask.view(2, 3)} if fixed else {}, None)
-    layout.checked = True  # all elements are used
+    layout.checks = 0  # all elements are used
     parameters = torch.randn(2, 8, dtype=torch.double)
     parameters[1] -= shift
 
