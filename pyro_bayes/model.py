@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_base, is_number
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.selection import select
 from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.tensors import held_values
@@ -52,7 +53,9 @@ class BayesianModel(InspectedModule):
             steps away from the default, a deviation of 0.011; -5 is nearer.
         include_params: Patterns of parameter names to include. A pattern matches the names that
             start with it; in it, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`. A
-            `-` in a name is matched by a literal `-`. By default, all parameters are included.
+            `-` in a name is matched by a literal `-`. By default, all parameters that train are
+            included. A frozen parameter (`requires_grad=False`) is included if a pattern other
+            than `""` matches it.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.
@@ -113,6 +116,7 @@ class BayesianModel(InspectedModule):
         choices = select(base, include_params, exclude_params)
         parameters = dict(base.named_parameters())
         included = {c.name: parameters[c.name] for c in choices if c.included}
+        fixed = FixedElements(base, {c.name: (c.name, *c.aliases) for c in choices if c.included})
         variances = prior_variances(prior_var, choices, included)
         prior = GaussianPrior(included, variance=variances, site_prefix=name or "")
         guide = MeanField(
@@ -122,9 +126,11 @@ class BayesianModel(InspectedModule):
             store_name=name or type(self).__name__,
             site_prefix=name or "",
             leaves=leaves,
+            fixed=fixed,
         )
         super().__init__(base, prior, guide, choices)
-        variances.follow(guide.posterior)
+        fixed_of = guide.memory.fixed.mask if guide.memory.fixed else None
+        variances.follow(guide.posterior, fixed_of)
         self.init_logvar = float(init_logvar)
 
     # Draws
@@ -305,7 +311,8 @@ class BayesianModel(InspectedModule):
 
         It is a sum over all included parameters, to be added to the negative log-likelihood of a
         whole dataset of N points, or divided by N and added to the mean over points. N is the size
-        of the dataset also with minibatches.
+        of the dataset also with minibatches. Elements that carry no information are left out:
+        padding rows of embeddings, and what :mod:`torch.nn.utils.prune` has masked.
 
         Arguments:
             prior_var: The variance :math:`\sigma_p^2` of the prior, as in the model, whose it is by

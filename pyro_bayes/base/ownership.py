@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyro_bayes.base.torch_private import outside_transforms
@@ -78,6 +79,40 @@ def claim(owner: Any, parameters: Iterable[tuple[nn.Parameter, bool, bool]]) -> 
     if claims:
         weakref.finalize(owner, _release, claims).atexit = False
     return trained
+
+
+def trained(parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Tells which parameters of a base train, or did before an owner that is alive froze them.
+
+    A base that is a copy of another, with the same values, trains as that one did.
+
+    Arguments:
+        parameters: All parameters of the base.
+    """
+    own = [_claims.get(id(parameter)) for parameter in parameters]
+    trains = [
+        p.requires_grad or (c is not None and c.trained)
+        for p, c in zip(parameters, own, strict=True)
+    ]
+    if all(trains) or any(own):
+        return trains
+    owners: dict[int, list[Claim]] = {}
+    for claim in _claims.values():
+        owners.setdefault(id(claim.owner()), []).append(claim)
+    for claims in owners.values():
+        same = len(claims) == len(parameters)
+        if same and all([_is_copy(*pair) for pair in zip(parameters, claims, strict=True)]):
+            return [p.requires_grad or c.trained for p, c in zip(parameters, claims, strict=True)]
+    return trains
+
+
+def _is_copy(parameter: nn.Parameter, claim: Claim) -> bool:
+    original = claim.parameter()
+    if original is None or parameter.requires_grad != original.requires_grad:
+        return False
+    if (parameter.dtype, parameter.device) != (original.dtype, original.device):
+        return False
+    return not parameter.is_meta and torch.equal(parameter, original)
 
 
 def is_owner(owner: Any, parameter: nn.Parameter) -> bool:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from pyro_bayes.base import ownership
+
 _WILDCARDS = {"**": r"[A-Za-z0-9_.]+", "*": r"[A-Za-z0-9_]+"}
 _LEGAL = re.compile(r"[A-Za-z0-9_.*-]")
+_FROZEN = "frozen, not named"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,11 @@ class Choice:
 
 
 def select(
-    base: nn.Module, include_params: str | Sequence[str], exclude_params: str | Sequence[str]
+    base: nn.Module,
+    include_params: str | Sequence[str],
+    exclude_params: str | Sequence[str],
+    *,
+    frozen: bool = False,
 ) -> list[Choice]:
     r"""Decides for each parameter of the base whether it is included.
 
@@ -41,12 +48,14 @@ def select(
     too. In a pattern, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`; any other
     character stands for itself. Neither wildcard crosses a `-` or another special character of a
     module's name: write it literally, as in `"block-1.*"`. A tied parameter is included or
-    excluded under any of its names. Integer and complex parameters always stay deterministic.
+    excluded under any of its names. A frozen parameter (`requires_grad=False`) is included only if
+    a pattern other than `""` matches it. Integer and complex parameters always stay deterministic.
 
     Arguments:
         base: The module that owns the parameters.
         include_params: One pattern or several.
         exclude_params: One pattern or several; they win over those that include.
+        frozen: Whether `""` includes frozen parameters, too.
 
     Returns:
         One choice per distinct parameter, in the order of `base.named_parameters()`.
@@ -92,15 +101,16 @@ def select(
             )
 
     choices = []
-    for key, aliases in names.items():
-        included, reason = _decide(parameters[key], aliases, include, exclude)
+    trains = ownership.trained([*parameters.values()])
+    for (key, aliases), free in zip(names.items(), trains, strict=True):
+        included, reason = _decide(parameters[key], aliases, include, exclude, frozen or free)
         choices.append(Choice(aliases[0], tuple(aliases[1:]), included, reason))
     if not any(choice.included for choice in choices):
         reasons = ", ".join(f"{c.name}: {c.reason}" for c in choices[:5])
         raise ValueError(
             "Expected at least one included parameter; got none"
             f" from include_params={include_params!r}, exclude_params={exclude_params!r}"
-            f" on {type(base).__name__} ({reasons}). Widen include_params or narrow exclude_params."
+            f" on {type(base).__name__} ({reasons}). {_advice(choices)}"
         )
     return choices
 
@@ -159,17 +169,29 @@ def _decide(
     names: Sequence[str],
     include: dict[str, re.Pattern[str]],
     exclude: dict[str, re.Pattern[str]],
+    trains: bool,
 ) -> tuple[bool, str]:
     if not parameter.is_floating_point():
         kind = "complex" if parameter.is_complex() else "integer"
         return False, f"{kind} ({parameter.dtype}) stays deterministic"
-    included = _first_match(include, names)
+    named = {pattern: regex for pattern, regex in include.items() if pattern or trains}
+    included = _first_match(named, names)
     excluded = _first_match(exclude, names)
     if included is None:
-        return False, "no include pattern"
+        return False, "no include pattern" if len(named) == len(include) else _FROZEN
     if excluded is not None:
         return False, f"excluded by {excluded!r}"
     return True, repr(included) if included else "every name"
+
+
+def _advice(choices: Sequence[Choice]) -> str:
+    frozen = [choice.name for choice in choices if choice.reason == _FROZEN]
+    if not frozen:
+        return "Widen include_params or narrow exclude_params."
+    return (
+        "Parameters with requires_grad=False stay deterministic: name them, as in"
+        f" include_params={frozen[0]!r}, or call base.requires_grad_() before you wrap the base."
+    )
 
 
 def _first_match(patterns: dict[str, re.Pattern[str]], names: Iterable[str]) -> str | None:

@@ -81,7 +81,7 @@ def to_arviz(
         raise ValueError(f"Expected likelihood and loader together; got no {missing}.")
     draws = Draws(bnn, num_samples, chunk_size=chunk_size, generator=generator)
     posterior = bnn.guide.posterior()
-    choices = select(bnn.base, include_params, ())
+    choices = select(bnn.base, include_params, (), frozen=True)
     names = [c.name for c in choices if c.included and c.name in posterior]
     if not names:
         raise ValueError(

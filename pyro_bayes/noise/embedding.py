@@ -52,7 +52,7 @@ def _embedding(
         signed = signed.view(turned.shape)
         return signed if example is None else signed.movedim(0, example)
 
-    return noisy(
+    output = noisy(
         "embedding",
         mean,
         [weight],
@@ -61,6 +61,12 @@ def _embedding(
         perturbation=perturbation,
         example=example,
     )
+    if padding_idx is None or weight.noise.estimator == "flipout":
+        return output
+    # A variance of 0 stands for a small one in the noise, and a padding row is to be exact.
+    padding = padding_idx % len(mean_of(weight))
+    still = (input == padding).unsqueeze(-1) & (variance_of(weight)[padding] == 0)
+    return torch.where(still, mean, output)
 
 
 @rule(F.embedding_bag)
@@ -118,12 +124,16 @@ def _embedding_bag(
         )
         return signed if columns is None else signed * columns
 
-    return noisy(
+    mean = total(first, share)
+    output = noisy(
         "embedding_bag",
-        total(first, share),
+        mean,
         [weight],
         inputs=[indices, share],
         variance=variance,
         perturbation=perturbation,
         example=0,
     )
+    # As above, for bags of nothing but padding.
+    used = share.new_zeros(count).index_add(0, bags, share.detach().abs()) > 0
+    return torch.where(used.unsqueeze(-1), output, mean)

@@ -154,7 +154,7 @@ class GaussianTensor(torch.Tensor):
             return logvar.exp()
         if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach())).exp()
+            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach()).nan_to_num(0.0)).exp()
             if name == "perturbation":
                 return kept * one
             return kept + (mean - mean.detach()) + (kept - mean).detach() * (one - 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_batched, is_transformed, untracked_views
 from pyro_bayes.posterior import gaussian, passes
+from pyro_bayes.posterior.fixed import warn_of_use
 from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
 
@@ -93,7 +94,9 @@ def _by_formulas(posterior: Flat, kind: Kind, number: Number | None, precision: 
     output = mean + spread if kind == "draws" else spread
     if number == "log_densities":
         deviation = _deviation(spread, output, mean)
-        value = layout.sums(gaussian.log_densities(deviation, torch.zeros_like(mean), logvar))
+        logvar = layout.without_fixed(logvar)
+        terms = gaussian.log_densities(deviation, torch.zeros_like(mean), logvar)
+        value = layout.sums(layout.without_fixed(terms))
     return Drawn(means, layout.split(output), value)
 
 
@@ -104,7 +107,8 @@ def _deviation(spread: Tensor, draw: Tensor, mean: Tensor) -> Tensor:
 
 def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision) -> Tensor:
     layout, mean, logvar = posterior
-    terms = gaussian.divergence_terms(mean, logvar, _present(precision, mean, logvar))
+    precision = _present(precision, mean, logvar)
+    terms = layout.without_fixed(gaussian.divergence_terms(mean, logvar, precision))
     return terms.sum() if number == "divergence" else layout.sums(terms)
 
 
@@ -147,6 +151,8 @@ class _Draw(torch.autograd.Function):
         of_outputs = _any(tensors[-count - 1 : -1])
         of_means = of_outputs if ctx.kind == "draws" else _any(tensors[: -count - 1])
         of_number = None if ctx.is_log else of_number
+        if ctx.layout.checks and of_means is not None:
+            warn_of_use(ctx.layout, of_means)
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
         compute, precision = passes.gradients, ctx.present
@@ -154,7 +160,11 @@ class _Draw(torch.autograd.Function):
             compute, precision = _gradients_by_formula, ctx.precision
         weight = 1.0 if ctx.kind == "variances" else 0.5
         rest = of_means, of_outputs, of_number, precision
-        return None, None, None, None, *compute(ctx.layout, weight, mean, logvar, spread, *rest)
+        gradients = compute(ctx.layout, weight, mean, logvar, spread, *rest)
+        if ctx.layout.checks and compute is passes.gradients:  # other uses are looked at later
+            for gradient in gradients:
+                gradient.index_fill_(0, ctx.layout.fixed, 0.0)
+        return None, None, None, None, *gradients
 
 
 class _LogDensity(torch.autograd.Function):
@@ -172,7 +182,7 @@ class _LogDensity(torch.autograd.Function):
         layout: Layout = ctx.layout
         if torch.is_grad_enabled() or is_batched([grad]):
             deviation = _deviation(spread, layout.flatten(draws), mean)
-            grad = layout.spread(grad)
+            grad, logvar = layout.spread(grad), layout.without_fixed(logvar)
             scaled = grad * deviation * (-logvar).exp()
             of_logvar = 0.5 * (scaled * deviation - grad)
             return None, None, None, scaled, of_logvar, *layout.split(-scaled)
@@ -196,7 +206,8 @@ def _gradients_by_formula(
     if of_means is not None:
         of_mean = of_mean + layout.flatten(of_means, mean)
     if of_outputs is not None and spread is not None:
-        spread = spread * (weight * (logvar - logvar.detach())).exp()
+        change = layout.without_fixed(logvar - logvar.detach())
+        spread = spread * (weight * change).exp()
         of_output = layout.flatten(of_outputs, mean)
         of_logvar = of_logvar + weight * of_output * spread
     if of_number is not None:

@@ -62,6 +62,11 @@ class Layout:
         parts: The parameters, in order.
         names: Their names.
         size: The number of all elements.
+        fixed: The places of the elements that carry no information and are not random; `None` if
+            there are none.
+        masks: Which elements these are, by the names of the parameters that have any.
+        free: How many elements of each parameter are random.
+        checks: In how many backward passes to look whether a network uses what is fixed.
 
     Example:
         >>> layout = Layout({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
@@ -81,6 +86,51 @@ class Layout:
         self.size = sum(sizes)
         self._where = [(part.shape, part.stride, part.offset) for part in self.parts]
         self._chunks = tuple(_chunks(sizes))
+        self.fix({}, None)
+
+    def fix(self, masks: Mapping[str, Tensor], device: torch.device | None) -> None:
+        """Says which elements carry no information.
+
+        Arguments:
+            masks: Where they are by name. What is not here has none.
+            device: The device of the flat tensors.
+        """
+        own = {name: mask for name, mask in masks.items() if name in self.names}
+        self.fixed: Tensor | None = None
+        self.checks = 10 if own else 0
+        self.masks = {name: mask.to(device) for name, mask in own.items()}
+        self.free = list(self.sizes)
+        self._fixed_in: dict[tuple[int, int], Tensor] = {}
+        if own:
+            none = (torch.zeros(part.shape, dtype=torch.bool, device="cpu") for part in self.parts)
+            every = [own.get(*pair) for pair in zip(self.names, none, strict=True)]
+            where = self.flatten(every).nonzero().squeeze(-1)
+            self.free = [int((~mask).sum()) for mask in every]
+            self.fixed = where.to(device)
+            for chunk in self._chunks:
+                here = where[(where >= chunk.start) & (where < chunk.stop)]
+                if len(here):
+                    self._fixed_in[chunk.start, chunk.stop] = here - chunk.start
+            self._fixed_in[0, self.size] = self.fixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self), fixed=None, masks={}, free=list(self.sizes), _fixed_in={})
+
+    def fixed_in(self, chunk: Chunk) -> Tensor | None:
+        """Returns the places in a chunk of the elements that are fixed, if any are.
+
+        Arguments:
+            chunk: The chunk.
+        """
+        return self._fixed_in.get(chunk[:2])
+
+    def without_fixed(self, terms: Tensor) -> Tensor:
+        """Returns terms, a flat tensor, with zeros in the place of elements that are fixed.
+
+        Arguments:
+            terms: The terms.
+        """
+        return terms if self.fixed is None else terms.index_fill(-1, self.fixed, 0.0)
 
     def chunks(self, flat: Tensor) -> Sequence[Chunk]:
         """Returns the chunks that a pass over a flat tensor goes through: one, but on a CPU."""

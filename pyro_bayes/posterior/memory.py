@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.nested import plant
 from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.posterior.fixed import Fixed
 from pyro_bayes.posterior.layout import Flat, Layout, Part
 from pyro_bayes.posterior.leaves import Join, Leaf, NamedView, alias, joined, whole
 from pyro_bayes.posterior.rounding import Rounding, wide
@@ -53,6 +55,7 @@ class Memory:
         module: The module whose parameters they become.
         initial: The initial means, of the base's dtypes, and log-variances by dotted name.
         leaves: Which leaves to have.
+        elements: Which elements carry no information.
 
     Attributes:
         means: A module of the means under the parameters' own names.
@@ -61,12 +64,17 @@ class Memory:
         addresses: The address of each mean by name, where the base is to have it; 0 if it has no
             elements.
         rounding: The parameters that the base has in lower precision.
+        fixed: The elements that carry no information; `None` if there never are any.
     """
 
     addresses: dict[str, int]
 
     def __init__(
-        self, module: nn.Module, initial: Mapping[str, tuple[Tensor, Tensor]], leaves: Leaves
+        self,
+        module: nn.Module,
+        initial: Mapping[str, tuple[Tensor, Tensor]],
+        leaves: Leaves,
+        elements: FixedElements | None = None,
     ) -> None:
         self.leaves, self._names = leaves, tuple(initial)
         # A reference to the module itself would be a cycle.
@@ -77,6 +85,7 @@ class Memory:
             types.setdefault((mean.dtype, mean.device), {})[name] = mean
         self._layouts = [Layout(group) for group in types.values()]
         self.rounding = Rounding(self._layouts, [dtype for dtype, _ in types])
+        self.fixed = Fixed(elements, self._layouts) if elements else None
         self._keys: list[tuple[str, ...]] = [
             tuple(f"{kind}_{i}" if i else kind for kind in KINDS) for i in range(len(types))
         ]
@@ -105,16 +114,17 @@ class Memory:
         """Returns the posterior of each dtype and device, as a function of the leaves.
 
         What stands in the leaves' places, as in :func:`torch.func.functional_call`, counts.
+        Elements that carry no information have no variance.
 
         Arguments:
             values: What to take instead of leaves, by the names that :meth:`stored` has for them.
         """
         if values is None and self._is_intact():
-            return self._intact
+            return self.fixed.hold(self._intact) if self.fixed else self._intact
         if not torch.compiler.is_compiling() and self._has_moved():
             self.refresh()
         pairs = zip(self._layouts, self._keys, self._flats, strict=True)
-        return [
+        flats = [
             Flat(
                 layout,
                 self._flat(layout, "mean", keys[0], pair[0], values or {}),
@@ -122,11 +132,13 @@ class Memory:
             )
             for layout, keys, pair in pairs
         ]
+        return self.fixed.hold(flats) if self.fixed else flats
 
     def by_name(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the mean and the log-variance of each parameter by name."""
         means, logvars = (self._places[kind] for kind in KINDS)
-        return {name: (means[name].present, logvars[name].present) for name in self._names}
+        pairs = {name: (means[name].present, logvars[name].present) for name in self._names}
+        return self.fixed.hold_by_name(pairs) if self.fixed else pairs
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Returns the leaves by the names that Pyro's param store has for them."""
@@ -304,6 +316,8 @@ class Memory:
             for kind in KINDS
         }
         self._note_addresses()
+        if self.fixed:
+            self.fixed.place([pair[0].device for pair in self._flats])
         if self.leaves == "flat":
             leaves = {key: self._parameters[key] for keys in self._keys for key in keys}
             self._watched = [(key, leaf, leaf.data_ptr()) for key, leaf in leaves.items()]

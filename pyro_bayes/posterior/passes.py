@@ -54,6 +54,7 @@ def sample(
             terms = gaussian.log_densities(spread, torch.zeros_like(mean), logvar)
         else:
             terms = device.divergence_terms(mean, logvar, precision)
+        terms = layout.without_fixed(terms)
         return output, spread, terms.sum() if number == "divergence" else layout.sums(terms)
     output = torch.empty_like(mean) if kind else mean
     spread = torch.empty_like(mean) if kind == "draws" else output
@@ -141,6 +142,9 @@ def log_density_gradients(
         torch.neg(v, out=a).exp_().mul_(s).mul_(factor)
         torch.mul(a, s, out=b).sub_(factor).mul_(0.5)
         torch.neg(a, out=c)
+    if layout.fixed is not None:
+        for gradient in (of_mean, of_logvar, of_draws):
+            gradient.index_fill_(0, layout.fixed, 0.0)
     return of_mean, of_logvar, of_draws
 
 
@@ -155,7 +159,10 @@ class _Sums:
             self._sums = [0.0] * len(layout.parts)
 
     def add(self, chunk: Chunk, terms: Tensor) -> None:
-        """Adds terms of a chunk, one for each element."""
+        """Adds terms of a chunk, one for each element; those of fixed elements are left out."""
+        fixed = self._layout.fixed_in(chunk)
+        if fixed is not None:
+            terms.index_fill_(0, fixed, 0.0)
         if self._sums is None:
             self._total += _number(terms.sum())
             return
@@ -167,8 +174,12 @@ class _Sums:
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
         r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand."""
+        size, fixed = len(m), self._layout.fixed_in(chunk)
+        if fixed is not None:
+            m, v = m.index_fill(0, fixed, 0.0), v.index_fill(0, fixed, 0.0)
+            size -= len(fixed)
         if total is not None and not isinstance(precision, Tensor) and m.is_cpu:
-            size, ratio = len(m), float(total) * precision
+            ratio = float(total) * precision
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
                 logs = float(v.sum()) + size * math.log(precision)
@@ -184,7 +195,7 @@ class _Sums:
             return total if isinstance(total, Tensor) else self._like.new_tensor(total)
         numbers = [0.5 * s for s in self._sums]
         if self._is_log:
-            pairs = zip(numbers, self._layout.sizes, strict=True)
+            pairs = zip(numbers, self._layout.free, strict=True)
             numbers = [-s - 0.5 * size * math.log(2 * math.pi) for s, size in pairs]
         if all([isinstance(n, float) for n in numbers]):
             return self._like.new_tensor(numbers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +19,13 @@ class Row:
         parameter: The dotted name, with the further names of a tied parameter.
         shape: The shape.
         included: Whether the parameter is Bayesian.
-        why: The pattern that decided, or why no pattern could.
+        why: The pattern that decided, or why no pattern could, and how many elements are fixed
+            because they carry no information.
         prior: The prior, or whether a deterministic parameter trains.
-        signal: The current mean of :math:`|\mu| / \sigma` over the elements; `None` if
-            deterministic.
+        signal: The current mean of :math:`|\mu| / \sigma` over the elements; `None` if none is
+            random.
         noise: What an estimator reached in a forward pass; `None` if none was made.
+        count: How many elements are random.
     """
 
     parameter: str
@@ -34,6 +35,7 @@ class Row:
     prior: str
     signal: float | None
     noise: str | None = None
+    count: int = 0
 
 
 _HEADERS = ("parameter", "shape", "included", "why", "prior", "mean |μ|/σ")
@@ -94,26 +96,34 @@ def summarize(
         store_name: Its name in Pyro's param store.
         choices: What selection decided about each parameter.
         parameters: The parameters by name.
-        posterior: The means and log-variances of those that are included.
+        posterior: The means and log-variances of those that are included; an element whose
+            log-variance is :math:`-\infty` is fixed.
         describe: Returns the prior of a parameter in words, by its name.
         uses: What became of each parameter in a forward pass, if one was made.
         note: What else is to be known.
     """
     rows = []
     for choice in choices:
-        signal, noise = None, None if uses is None else "deterministic"
+        signal, noise, count = None, None if uses is None else "deterministic", 0
+        why = choice.reason
         parameter = parameters[choice.name]
         prior = "none, trains" if parameter.requires_grad else "none, fixed"
         if choice.included:
             mean, logvar = (p.detach() for p in posterior[choice.name])
-            signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item()
+            free = ~logvar.isneginf()
+            count = int(free.sum())
+            if count < free.numel():
+                why += f", {free.numel() - count} elements fixed"
+                mean, logvar = mean[free], logvar[free]
+            signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item() if count else None
             prior = describe(choice.name)
             noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
         name = " = ".join((choice.name, *choice.aliases))
         shape = tuple(parameter.shape)
-        rows.append(Row(name, shape, choice.included, choice.reason, prior, signal, noise))
-    count = sum(math.prod(row.shape) for row in rows if row.included)
-    contents = f"{count} Bayesian parameters, '{store_name}' in the param store"
+        rows.append(Row(name, shape, choice.included, why, prior, signal, noise, count))
+    contents = (
+        f"{sum(row.count for row in rows)} Bayesian parameters, '{store_name}' in the param store"
+    )
     summary = Summary(f"{title}: {contents}", rows, note)
     summary.print()
     return summary

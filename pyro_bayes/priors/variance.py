@@ -82,7 +82,7 @@ class Empirical:
                     ' "": "empirical"}.'
                 )
 
-    def variance(self, mean: Tensor, logvar: Tensor) -> Tensor:
+    def variance(self, mean: Tensor, logvar: Tensor, fixed: Tensor | None = None) -> Tensor:
         r"""Computes :math:`\sigma_p^2`, of a shape that broadcasts to that of the parameter.
 
         It never falls below the least normal number of the dtype, where a logarithm ends.
@@ -90,11 +90,18 @@ class Empirical:
         Arguments:
             mean: The means :math:`\mu`.
             logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
+            fixed: Which elements are not random, and left out. Where all are, the variance is 1.
         """
         kept = {dim % mean.dim() for dim in self._dims}
         summed = tuple(dim for dim in range(mean.dim()) if dim not in kept)
         moments = torch.addcmul(logvar.exp(), mean, mean)
-        average = moments.mean(summed, keepdim=bool(kept)) if summed else moments
+        if fixed is None:
+            average = moments.mean(summed, keepdim=bool(kept)) if summed else moments
+        else:
+            moments, free = moments.masked_fill(fixed, 0.0), (~fixed).to(moments)
+            if summed:
+                moments, free = (t.sum(summed, keepdim=bool(kept)) for t in (moments, free))
+            average = torch.where(free > 0, moments / free.clamp_min(1), 1.0)
         return average.clamp_min(torch.finfo(average.dtype).tiny)
 
     @property
@@ -119,16 +126,32 @@ class PriorVariances:
     def __init__(self, rules: Mapping[str, float | Empirical]) -> None:
         self.rules = dict(rules)
         self._posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+        self._fixed: Callable[[str], Tensor | None] | None = None
         self._precisions: dict[Any, Precision] = {}
 
-    def follow(self, posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]]) -> None:
+    def follow(
+        self,
+        posterior: Callable[[], Mapping[str, tuple[Tensor, Tensor]]],
+        fixed: Callable[[str], Tensor | None] | None = None,
+    ) -> None:
         r"""Tells empirical variances what to follow. Before, they are 1.
 
         Arguments:
             posterior: Returns the present :math:`\mu` and :math:`\log \sigma^2` by name.
+            fixed: Returns which elements of a parameter carry no information, if any may.
         """
-        if any(isinstance(rule, Empirical) for rule in self.rules.values()):
-            self._posterior = posterior
+        if fixed or any(isinstance(rule, Empirical) for rule in self.rules.values()):
+            self._posterior, self._fixed = posterior, fixed
+
+    def fixed(self, name: str) -> Tensor | None:
+        """Returns which elements of a parameter carry no information, if there are any."""
+        return None if self._fixed is None else self._fixed(name)
+
+    def mean(self, name: str) -> Tensor:
+        """Returns the present mean of a parameter some elements of which are fixed."""
+        if self._posterior is None:
+            raise ValueError(f"Expected a posterior to follow; got none for '{name}'.")
+        return self._posterior()[name][0].detach()
 
     @torch.no_grad()
     def present(self, name: str) -> float | Tensor:
@@ -136,7 +159,9 @@ class PriorVariances:
         rule = self.rules[name]
         if not isinstance(rule, Empirical):
             return rule
-        return 1.0 if self._posterior is None else rule.variance(*self._posterior()[name])
+        if self._posterior is None:
+            return 1.0
+        return rule.variance(*self._posterior()[name], self.fixed(name))
 
     def precision(self, posterior: Flat) -> Precision:
         r"""Returns :math:`1 / \sigma_p^2` of a posterior's elements, or what computes it.
@@ -169,7 +194,9 @@ class PriorVariances:
         for name, (m, v) in zip(layout.names, pairs, strict=True):
             rule = self.rules[name]
             if isinstance(rule, Empirical):
-                precisions.append(rule.variance(m, v).reciprocal().expand(m.shape))
+                precisions.append(
+                    rule.variance(m, v, layout.masks.get(name)).reciprocal().expand(m.shape)
+                )
             else:
                 precisions.append(m.new_full((), 1 / rule).expand(m.shape))
         return layout.flatten(precisions)

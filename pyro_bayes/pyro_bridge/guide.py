@@ -13,6 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
+from pyro_bayes.base.fixed import FixedElements
 from pyro_bayes.base.nested import plant
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.layout import Flat
@@ -55,6 +56,7 @@ class MeanField(AutoNormal):
         store_name: What stands in front of the names in Pyro's param store. A name that is taken
             gets a number.
         leaves: Whether the learned parameters are `"flat"`, two for all, or `"named"`.
+        fixed: Which elements carry no information, and are not random.
 
     References:
         | Weight Uncertainty in Neural Networks (Blundell et al., 2015)
@@ -77,6 +79,7 @@ class MeanField(AutoNormal):
         store_name: str,
         site_prefix: str = "",
         leaves: Leaves = "flat",
+        fixed: FixedElements | None = None,
     ) -> None:
         """Makes the guide, whose class describes the arguments."""
         super().__init__(prior, init_loc_fn=init_to_mean)
@@ -86,7 +89,7 @@ class MeanField(AutoNormal):
             name: (p.detach(), torch.full_like(p, init_logvar, dtype=wide(p.dtype)))
             for name, p in parameters.items()
         }
-        self.memory = Memory(self, initial, leaves)
+        self.memory = Memory(self, initial, leaves, fixed)
         self.variances = GaussianPrior.variances_of(prior)
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
         self._wished_name = store_name
@@ -114,8 +117,8 @@ class MeanField(AutoNormal):
     @property
     def scales(self) -> nn.Module:  # type: ignore[override]
         r"""The deviations :math:`\sigma`, under the name that the base class gives them."""
-        logvars = self.memory.logvars.named_parameters()
-        return plant(nn.Module(), {name: (0.5 * value).exp() for name, value in logvars})
+        pairs = self.memory.by_name()
+        return plant(nn.Module(), {name: (0.5 * v).exp() for name, (_, v) in pairs.items()})
 
     def posterior(self) -> dict[str, tuple[Tensor, Tensor]]:
         r"""Returns :math:`\mu` and :math:`\log \sigma^2` of each parameter by dotted name.
@@ -188,6 +191,34 @@ class MeanField(AutoNormal):
     def _get_loc_and_scale(self, name: str) -> tuple[Tensor, Tensor]:
         mean, logvar = self.posterior()[self.sites[name]]
         return mean, (0.5 * logvar).exp()
+
+    # The base class would transform these as if they were coordinates of the sites.
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns the medians by the names of the sites, which are the means."""
+        return {site: self._get_loc_and_scale(site)[0].clone() for site in self.sites}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Returns quantiles by the names of the sites.
+
+        Arguments:
+            quantiles: The levels, between 0 and 1.
+            args: Ignored, like `kwargs`.
+            kwargs: Ignored.
+
+        Returns:
+            Tensors with a dimension for the levels on their left.
+        """
+        results = {}
+        for site in self.sites:
+            mean, scale = self._get_loc_and_scale(site)
+            levels = torch.as_tensor(quantiles, dtype=mean.dtype, device=mean.device)
+            levels = levels.reshape(-1, *[1] * mean.dim())
+            steps = torch.special.ndtri(levels) * scale
+            results[site] = mean + torch.where(scale > 0, steps, 0.0)
+        return results
 
     # State
 

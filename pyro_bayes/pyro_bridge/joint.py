@@ -35,6 +35,11 @@ class Joint:
                 self._views.update(zip(layout.names, pairs, strict=True))
         return self._views[name]
 
+    def fixed(self, name: str) -> Tensor | None:
+        """Returns which elements of one parameter carry no information, if there are any."""
+        masks = (flat.layout.masks for flat in self._posterior)
+        return next((mask[name] for mask in masks if name in mask), None)
+
     def divergence(self, name: str, variances: PriorVariances) -> Tensor:
         r"""Returns :math:`D_{KL}(q \| p)` of one parameter, which one pass computes for all.
 

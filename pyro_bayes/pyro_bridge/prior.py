@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
-from torch.distributions import register_kl
+from torch.distributions import constraints, register_kl
 from torch.distributions.utils import lazy_property
 
 from pyro_bayes.base.checks import is_number
@@ -21,7 +21,8 @@ from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.posterior.gaussian import divergence_terms
 from pyro_bayes.posterior.rounding import keeping_precision, wide
 from pyro_bayes.priors.variance import PriorVariances
-from pyro_bayes.pyro_bridge.site import Posterior
+from pyro_bayes.pyro_bridge.free import FreeElements
+from pyro_bayes.pyro_bridge.site import Posterior, SiteNormal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,9 +128,22 @@ class Prior(dist.Independent):
         variance = self.variances.present(self.name)
         return variance.to(self._like) if isinstance(variance, Tensor) else variance
 
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """The support, in which elements that carry no information have their values."""
+        fixed = self.variances.fixed(self.name)
+        if fixed is None:
+            return super().support  # type: ignore[no-any-return]
+        return FreeElements(self.variances.mean(self.name).to(self._like), fixed)
+
     @lazy_property
     def base_dist(self) -> dist.Normal:
         variance: Any = self._variance
+        fixed = self.variances.fixed(self.name)
+        if fixed is not None:
+            mean = self.variances.mean(self.name).to(self._like).masked_fill(~fixed, 0.0)
+            logvar = torch.as_tensor(variance).to(self._like).log().expand(mean.shape)
+            return SiteNormal(mean, logvar.masked_fill(fixed, -math.inf), fixed=fixed)
         scale = self._like.new_tensor(variance).sqrt() if is_number(variance) else variance.sqrt()
         normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
         return normal.expand(self._event_shape)  # type: ignore[no-any-return]
@@ -144,13 +158,16 @@ class Prior(dist.Independent):
         if isinstance(value, GaussianTensor):
             if value.noise.divergence is None:
                 precision = 1 / torch.as_tensor(self._variance)
-                divergence = divergence_terms(*value.posterior, precision).sum()
+                terms = divergence_terms(*value.posterior, precision)
+                fixed = self.variances.fixed(self.name)
+                divergence = (terms if fixed is None else terms.masked_fill(fixed, 0.0)).sum()
             else:
                 divergence = value.noise.divergence(value.parameter, self.variances)
             shape = value.shape[: len(value.shape) - len(self._event_shape)]
             return -divergence.expand(self._batch_shape if self._batch_shape else shape)
         variance: Any = self._variance
         plain = not self._batch_shape and value.is_floating_point()
+        plain = plain and self.variances.fixed(self.name) is None
         if not plain or value.shape != self.event_shape or isinstance(variance, Tensor):
             return super().log_prob(value)  # type: ignore[no-any-return]
         if is_transformed() or value.dtype.itemsize < 4:

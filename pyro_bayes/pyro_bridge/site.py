@@ -47,8 +47,8 @@ class Posterior(dist.Independent):
         self.reinterpreted_batch_ndims = draw.dim()
 
     @lazy_property
-    def base_dist(self) -> _Normal:
-        return _Normal(*self.joint.of(self.name), self._draw)
+    def base_dist(self) -> SiteNormal:
+        return SiteNormal(*self.joint.of(self.name), self._draw, self.joint.fixed(self.name))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Posterior:
         new = type(self).__new__(type(self))
@@ -81,24 +81,37 @@ class Posterior(dist.Independent):
         return value.posterior[0].new_zeros(()).expand(self.batch_shape)
 
 
-class _Normal(dist.Normal):
-    """A normal distribution whose first draw may be known, and whose σ is computed if needed."""
+class SiteNormal(dist.Normal):
+    r"""A normal distribution whose first draw may be known, and whose σ is computed if needed.
 
-    def __init__(self, mean: Tensor, logvar: Tensor, draw: Tensor | None) -> None:
-        self.loc, self.logvar, self.draw = mean, logvar, draw
+    Arguments:
+        mean: The means :math:`\mu`.
+        logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
+        draw: The first draw, if it is known.
+        fixed: Which elements have no density, and are always their means; none by default.
+    """
+
+    def __init__(
+        self, mean: Tensor, logvar: Tensor, draw: Tensor | None = None, fixed: Tensor | None = None
+    ) -> None:
+        self.loc, self.logvar, self.draw, self.fixed = mean, logvar, draw, fixed
         torch.distributions.Distribution.__init__(self, mean.shape, validate_args=False)
 
     @lazy_property
     def scale(self) -> Tensor:
         return (0.5 * self.logvar).exp()
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Normal:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SiteNormal:
         mean, logvar = (p.expand(batch_shape) for p in (self.loc, self.logvar))
         draw = self.draw if isinstance(self.draw, GaussianTensor) else None
-        return type(self)(mean, logvar, draw)
+        fixed = None if self.fixed is None else self.fixed.expand(batch_shape)
+        return type(self)(mean, logvar, draw, fixed)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return gaussian.log_densities(value, self.loc, self.logvar)
+        if self.fixed is None:
+            return gaussian.log_densities(value, self.loc, self.logvar)
+        logvar = self.logvar.masked_fill(self.fixed, 0.0)
+        return gaussian.log_densities(value, self.loc, logvar).masked_fill(self.fixed, 0.0)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))

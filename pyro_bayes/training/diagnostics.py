@@ -35,7 +35,7 @@ class Row:
             itself if it is deterministic.
         signal_logvar: That of the gradient of :math:`\log \sigma^2`; `None` if deterministic.
         unmoved: The share of the :math:`\sigma` that are within 1 % of their initial value; `None`
-            if deterministic.
+            if none is random.
         kl: The KL divergence in nats; `None` if deterministic.
     """
 
@@ -145,7 +145,8 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
     rows = []
     for name in posterior:
         mean, logvar = (f"model.guide.{kind}.{name}" for kind in ("means", "logvars"))
-        share = _unmoved(model, name)
+        near, size = _unmoved(model, name)
+        share = near / size if size else None
         kl = float(divergences[name])
         rows.append(Row(name, signals.pop(mean, 0.0), signals.pop(logvar, 0.0), share, kl))
     rows += [Row(name.removeprefix("model.base."), signal) for name, signal in signals.items()]
@@ -160,9 +161,8 @@ def unmoved(model: BayesianModel) -> float:
     Arguments:
         model: The model.
     """
-    sizes = {name: mean.numel() for name, (mean, _) in model.guide.posterior().items()}
-    near = sum(_unmoved(model, name) * size for name, size in sizes.items())
-    return near / sum(sizes.values())
+    pairs = [_unmoved(model, name) for name in model.guide.sites.values()]
+    return sum(near for near, _ in pairs) / max(sum(size for _, size in pairs), 1)
 
 
 def warn_if_unmoved(model: BayesianModel, epochs: int) -> None:
@@ -201,10 +201,11 @@ class _Moments:
         return math.sqrt(signal / variance)
 
 
-def _unmoved(model: BayesianModel, name: str) -> float:
+def _unmoved(model: BayesianModel, name: str) -> tuple[int, int]:
+    """Returns how many deviations are near their initial value, and how many there are."""
     logvar = model.guide.posterior()[name][1].detach()
     near = (logvar - model.init_logvar).abs() < _NEAR
-    return int(near.sum()) / max(near.numel(), 1)
+    return int(near.sum()), logvar.numel() - int(logvar.isneginf().sum())
 
 
 def _still(share: float, model: BayesianModel) -> str | None:

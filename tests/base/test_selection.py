@@ -1,5 +1,7 @@
 """Patterns, the summary, and what they say when something is off."""
 
+import copy
+import pickle
 import sys
 
 import pytest
@@ -68,6 +70,61 @@ def test_tied_parameters_match_under_any_name():
     assert included("", "b", net) == ["c.weight", "c.bias"]
     (row,) = BayesianModel(tied()).summary().rows
     assert row.parameter == "a.weight = b.weight"
+
+
+def frozen(*layers):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    for layer in layers:
+        net[layer].requires_grad_(False)
+    return net
+
+
+FROZEN = {
+    "the rest": ([""], ["1.bias", "2.weight", "2.bias"]),
+    "named": (["0."], ["0.weight", "0.bias"]),
+    "named beside the rest": (["", "0.b"], ["0.bias", "1.bias", "2.weight", "2.bias"]),
+    "named under another name": (["1.weight", ""], ["0.weight", "1.bias", "2.weight", "2.bias"]),
+    "named by a wildcard": (["*.weight"], ["0.weight", "2.weight"]),
+}
+
+
+@pytest.mark.parametrize(("include", "expected"), FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_are_included_if_a_pattern_names_them(include, expected):
+    net = frozen(0)
+    with torch.no_grad():
+        bnn = BayesianModel(net, include_params=include)
+    assert list(bnn.sample_params()) == expected
+    assert bnn.guide.mean.requires_grad
+    reasons = {c.name: c.reason for c in bnn.choices if not c.included}
+    expected_reason = "frozen, not named" if "" in include else "no include pattern"
+    assert reasons.get("0.bias", expected_reason) == expected_reason
+    wrapped = pickle.loads(pickle.dumps(bnn)), copy.deepcopy(bnn), bnn
+    for model in wrapped:  # the former model has frozen what it includes
+        trained = [c.name for c in select(model.base, "", ()) if c.included]
+        assert trained == ["1.bias", "2.weight", "2.bias"]
+    del model, wrapped
+    again = BayesianModel(net)
+    assert list(again.sample_params()) == ["1.bias", "2.weight", "2.bias"]
+    del again, bnn
+    assert list(BayesianModel(net).sample_params()) == ["1.bias", "2.weight", "2.bias"]
+
+
+def test_a_copy_of_a_base_trains_as_that_did():
+    net = frozen(0)
+    bnn = BayesianModel(net, exclude_params="1.bias")
+    copied = copy.deepcopy(net)
+    assert list(BayesianModel(copied).sample_params()) == ["1.bias", "2.weight", "2.bias"]
+    other = pickle.loads(pickle.dumps(bnn.base))
+    with torch.no_grad():
+        other[2].bias += 1  # so that it may be another network
+    assert list(BayesianModel(other).sample_params()) == ["1.bias"]
+
+
+def test_a_base_of_frozen_parameters():
+    with pytest.raises(ValueError, match=r"frozen, not named.*include_params='0.weight'"):
+        BayesianModel(frozen(0, 1, 2))
+    assert not BayesianModel(frozen(0, 1, 2), include_params="**.bias").base[0].weight.requires_grad
 
 
 def test_names_with_other_characters_are_reached_literally():

@@ -52,6 +52,12 @@ def test_posterior_alone(bnn):
     assert found.attrs["inference_library"] == "pyro_bayes"
 
 
+def test_frozen_parameters_that_a_pattern_named():
+    net = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1)).requires_grad_(False)
+    found = to_arviz(BayesianModel(net, include_params="1."), 3)["posterior"]
+    assert list(found.data_vars) == ["1.weight", "1.bias"]
+
+
 def test_groups_share_draws(bnn, data):
     x, y = data
     found = export(bnn, data, generator=seeded())

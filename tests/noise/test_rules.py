@@ -48,7 +48,8 @@ def parts_of(case):
 def closed_form(case, bnn):
     """The mean, and the Jacobian times σ, of each example's output: (B, *), (B, *, D)."""
     means = {n: p.detach() for n, p in bnn.means.named_parameters()}
-    deviations = {n: (0.5 * p.detach()).exp() for n, p in bnn.logvars.named_parameters()}
+    pairs = bnn.guide.posterior().items()
+    deviations = {n: (0.5 * logvar.detach()).exp() for n, (_, logvar) in pairs}
 
     def output(parameters):
         return functional_call(bnn.base, parameters, (case.input(),))

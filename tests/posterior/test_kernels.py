@@ -8,6 +8,7 @@ import torch
 
 from pyro_bayes.posterior import gaussian, passes
 from pyro_bayes.posterior.draws import draw
+from pyro_bayes.posterior.fixed import hold
 from pyro_bayes.posterior.layout import Flat, Layout
 from pyro_bayes.posterior.sampling import WeightDraws
 
@@ -205,3 +206,28 @@ def test_predictions(kernels, monkeypatch):
     layout, mean = Layout({"w": torch.empty(10)}), torch.arange(10.0, device=DEVICE)
     draws = WeightDraws([Flat(layout, mean, torch.full_like(mean, -60.0))], 3, 0, again=False)
     torch.testing.assert_close(draws.rows(0, 3)[0], mean.expand(3, 10))
+
+
+@pytest.mark.parametrize("number", ["divergence", "divergences", "log_densities"])
+def test_fixed_elements(kernels, monkeypatch, number):
+    layout, fixed = Layout({"a": torch.empty(3, 2), "b": torch.empty(4)}), torch.arange(6) < 2
+    layout.fix({"a": fixed.view(3, 2)}, torch.device(DEVICE))
+    leaves = [torch.randn(10, device=DEVICE, requires_grad=True) for _ in range(2)]
+
+    def numbers():
+        torch.manual_seed(0)
+        held = hold(Flat(layout, *leaves))
+        drawn = draw(held, "draws", number, 2.0)
+        value = drawn.number.double().square().sum()
+        if number == "log_densities":  # others draw other numbers
+            deviation = (layout.flatten(drawn.outputs) - held.mean).detach()
+            terms = gaussian.log_densities(deviation, 0 * deviation, leaves[1])
+            exact = layout.sums(layout.without_fixed(terms)).double().square().sum()
+            torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-5)
+            return drawn.outputs[0][0].detach(), torch.zeros(())
+        return drawn.outputs[0][0].detach(), torch.cat(torch.autograd.grad(value, leaves))
+
+    expected = numbers()
+    monkeypatch.setattr("pyro_bayes.posterior.passes.kernels", lambda *_: kernels)
+    for own, other in zip(numbers(), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)

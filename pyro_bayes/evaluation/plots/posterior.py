@@ -39,7 +39,7 @@ def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
         >>> ax.get_xscale()
         'log'
     """
-    posterior = bnn.guide.posterior()
+    posterior = _random(bnn)
     scales = {name: (0.5 * logvar).exp() for name, (_, logvar) in posterior.items()}
     variances = {name: bnn.guide.variances.present(name) for name in posterior}
     lines = {name: torch.as_tensor(value).sqrt() for name, value in variances.items()}
@@ -72,10 +72,20 @@ def signal_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
         >>> ax.get_xlabel()
         'signal-to-noise ratio |μ|/σ'
     """
-    posterior = bnn.guide.posterior()
+    posterior = _random(bnn)
     ratios = {n: mean.abs() * (-0.5 * logvar).exp() for n, (mean, logvar) in posterior.items()}
     lines = dict.fromkeys(ratios, torch.tensor(1.0))
     return _ridges(ax, ratios, "signal-to-noise ratio |μ|/σ", lines=lines, name="|μ| = σ")
+
+
+def _random(bnn: BayesianModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns means and log-variances of the elements that are random, by parameter."""
+    pairs = {}
+    for name, (mean, logvar) in bnn.guide.posterior().items():
+        free = ~logvar.isneginf()
+        if free.any():
+            pairs[name] = mean[free], logvar[free]
+    return pairs
 
 
 def _ridges(
