@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +18,8 @@ from pyro_bayes.base.torch_private import (
 )
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.posterior import gaussian
+
+_HERE = nullcontext()  # an interrupt may skip the exit of the innermost context, and of no other
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 """What each operator does with Gaussian tensors, by the function that torch reports."""
@@ -149,20 +152,24 @@ class GaussianTensor(torch.Tensor):
 
     def _of_posterior(self, name: Moment, kept: Tensor | None) -> Tensor:
         mean, logvar = self._pair()
+        # Each serves all losses of a context, whose backward passes may be several.
         if name == "variance":
             # Half precision has no small variances.
-            return (logvar.float() if logvar.dtype == torch.float16 else logvar).exp()
+            logvar = logvar.float() if logvar.dtype == torch.float16 else logvar
+            return gaussian.spread(logvar, logvar.detach().exp(), 1.0)
         if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach())).exp()
+            kept = kept.clone()
             if name == "perturbation":
-                return kept * one
-            return kept + (mean - mean.detach()) + (kept - mean).detach() * (one - 1)
-        if name == "perturbation":
-            return (0.5 * logvar).exp() * self.noise.of_parameter(self.parameter, mean)
-        if "perturbation" in self._moments:
+                return gaussian.spread(logvar, kept, 0.5)
+            deviation = (kept - mean).detach()
+            moved = gaussian.spread(logvar, deviation, 0.5) - deviation
+            return kept + (mean - mean.detach()) + moved
+        if name == "draw" and "perturbation" in self._moments:
             return mean + self.moment("perturbation")
-        return gaussian.draw(mean, logvar, self.noise.of_parameter(self.parameter, mean))
+        epsilon = self.noise.of_parameter(self.parameter, mean)
+        deviation = gaussian.spread(logvar, (0.5 * logvar.detach()).exp() * epsilon, 0.5)
+        return deviation if name == "perturbation" else mean + deviation
 
     @property
     def axes(self) -> tuple[Axis | None, ...] | None:
@@ -366,14 +373,14 @@ def _pin(value: GaussianTensor) -> bool:
     sample = drawn(value)
     if not value._is_its_draw:
         value._is_its_draw = True
-        with without_torch_function():
+        with without_torch_function(), _HERE:
             value.copy_(sample)
     return True
 
 
 def has_gradient(value: Tensor) -> bool:
     """Tells whether autograd knows a tensor, past all rules."""
-    with without_torch_function():
+    with without_torch_function(), _HERE:
         return value.requires_grad
 
 
