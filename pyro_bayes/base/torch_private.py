@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._utils import _flatten_dense_tensors as flatten_dense
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     tree_flatten,
@@ -25,12 +26,15 @@ from torch.utils._pytree import (
 
 __all__ = [
     "TorchDispatchMode",
+    "after_backward",
     "flatten_dense",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
     "is_batched",
     "is_transformed",
     "outside_transforms",
+    "parametrization_cache",
+    "saved_tensors_hooks",
     "transform_level",
     "tree_flatten",
     "tree_leaves",
@@ -89,9 +93,28 @@ def is_batched(gradients: Iterable[Tensor | None]) -> bool:
     return any([batched(gradient) for gradient in gradients if gradient is not None])
 
 
+def parametrization_cache() -> dict[Any, Any] | None:
+    """Returns the weights that parametrizations keep in `parametrize.cached()`, if it is open."""
+    return parametrize._cache if parametrize._cache_enabled else None
+
+
+def saved_tensors_hooks() -> Any:
+    """Returns the default hooks on saved tensors, such as those of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def has_saved_tensors_hooks() -> bool:
     """Tells whether default hooks on saved tensors are set, as by activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return saved_tensors_hooks() is not None
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls a function when the backward pass that is running has ended, unless by an error.
+
+    Arguments:
+        function: The function.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def untracked_views() -> AbstractContextManager[None]:

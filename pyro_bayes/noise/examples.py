@@ -109,8 +109,11 @@ class Examples:
             return
         handle = base.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         try:
-            yield
-        finally:
+            try:
+                yield
+            finally:
+                handle.remove()
+        finally:  # the first time may have been interrupted
             handle.remove()
 
     def look(
@@ -148,8 +151,8 @@ class Examples:
         # One example meets no other. Within a transform, its inputs cannot be changed.
         if trial.size < 2 or is_transformed():
             return
-        self._busy = True
         try:
+            self._busy = True
             verdict = trial.verdict()
         finally:
             self._busy = False

@@ -71,6 +71,6 @@ class HeldModule(PosteriorModule):
         Returns:
             The values by the names of parameters, and the divergence of each dtype and device.
         """
-        flats, memory = self._guide.flats(), self._guide.memory
+        flats, memory = self._flats(), self._guide.memory
         named = None if torch.is_grad_enabled() else memory.by_name()
         return held_values(flats, noise, variances, named)

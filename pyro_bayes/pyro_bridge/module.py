@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
 from pyro_bayes.base.freshness import is_fresh, mark
+from pyro_bayes.base.mutex import Mutex
+from pyro_bayes.base.recomputation import Recomputation
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.examples import Examples
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
+from pyro_bayes.pyro_bridge.tie import Tie
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,8 +68,8 @@ class PosteriorModule(PyroModule):
         self.register_state_dict_post_hook(_drop_included)
         self.register_load_state_dict_pre_hook(_add_included)
         self.register_load_state_dict_post_hook(_after_load)
-        self._examples = Examples()
-        self._mutex = threading.RLock()
+        self._examples, self._recomputation = Examples(), Recomputation()
+        self._make_mutex()
         self._prepare()
         self._take_over()
         mark(self)
@@ -103,8 +107,6 @@ class PosteriorModule(PyroModule):
             if ownership.is_former(self._guide):
                 memory = self._guide.memory
                 values |= {c.name: memory.mean(c.name) for c in self.choices if c.included}
-            else:
-                self._tie()
             with self.hold(values) as base:
                 yield base
 
@@ -145,7 +147,6 @@ class PosteriorModule(PyroModule):
             # Read past PyroModule, which would make a `pyro.module` statement of the base.
             if name == "base" and "swap" in self.__dict__:
                 self._pull()
-                self._tie()
                 self._warn_of_new_owner()
             return modules[name]
         try:
@@ -181,17 +182,24 @@ class PosteriorModule(PyroModule):
     def _guide(self) -> MeanField:
         return self._modules["guide"]  # type: ignore[return-value]
 
+    def _make_mutex(self) -> None:
+        name = f"{type(self).__name__} '{self._guide.store_name}' of {type(self._base).__name__}"
+        self._mutex = Mutex(name)
+
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced."""
         self.swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self.choices})
+        self._tie = Tie(self.swap, self._guide)
 
-    def _tie(self) -> None:
-        """Lets the base's included parameters share the memory of the means, if they are ours."""
-        originals, memory = self.swap.originals, self._guide.memory
-        for name, address in memory.addresses.items():
-            original = originals[name]
-            if original.data_ptr() != address and ownership.is_owner(self._guide, original):
-                original.data = memory.mean(name)
+    def _keep_tied(self) -> None:
+        """Sees that the base is that of the means, whatever became of it since the last use."""
+        self.swap.heal()
+        self._tie.keep()
+
+    def _flats(self) -> list[Flat]:
+        r"""Returns :math:`\mu` and :math:`\log \sigma^2` as flat tensors, as they are by now."""
+        self._keep_tied()
+        return self._guide.flats()
 
     def _take_over(self) -> None:
         """Claims the base's parameters, from a former model if there is one."""
@@ -204,7 +212,7 @@ class PosteriorModule(PyroModule):
             ],
         )
         self._trained |= {names[id(parameter)] for parameter in trained}
-        self._tie()
+        self._tie.make()
 
     def _warn_of_new_owner(self) -> None:
         if ownership.is_former(self._guide):
@@ -227,6 +235,7 @@ class PosteriorModule(PyroModule):
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
     def _pull(self) -> None:
+        self._keep_tied()
         self._guide.pull()
         store.pull(self._stored)
 
@@ -256,18 +265,23 @@ class PosteriorModule(PyroModule):
 
         Yields:
             The base.
+
+        Raises:
+            RuntimeError: If the base is not as it was when it was wrapped.
         """
-        training = self.training
-        try:
-            with self.swap(values) as base:
-                if noise is None or noise.estimator == "weights":
-                    yield base
-                else:
-                    with self._examples.watch(base, values, noise, self._hold_unseen):
-                        yield base
-        finally:
-            if self.training != training:  # Pyro's modules take long to set an attribute
-                self.training = training
+        watches: list[contextlib.AbstractContextManager[None]] = []
+        if self._recomputation.may_be(self._base):
+            watches.append(self._recomputation.watch(self._base, self.again))
+        if noise is not None and noise.estimator != "weights":
+            watches.append(self._examples.watch(self._base, values, noise, self._hold_unseen))
+        with self.swap(values, owner=self) as base:
+            if not watches:
+                yield base
+                return
+            with contextlib.ExitStack() as stack:
+                for watch in watches:
+                    stack.enter_context(watch)
+                yield base
 
     @contextmanager
     def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -275,10 +289,24 @@ class PosteriorModule(PyroModule):
         with poutine.block(), self.swap(values) as base:
             yield base
 
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context that one thread at a time can be in."""
         # A compiled function runs in one thread, and cannot hold a lock.
-        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex.turn()
+
+    def again(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Returns what opens, later, a context that holds what the base holds now.
+
+        It belongs to the present thread, whichever opens it: a backward pass may have its own.
+        """
+        values, thread = self.swap.values, threading.current_thread()
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with self._mutex.turn(thread), self.hold(values):
+                yield
+
+        return context
 
     def _check_closed(self) -> None:
         if self.swap.is_open:
@@ -308,11 +336,11 @@ class PosteriorModule(PyroModule):
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
         state = dict(super().__getstate__(), _fresh=is_fresh(self))
-        return {key: value for key, value in state.items() if key not in ("_mutex", "swap")}
+        return {key: value for key, value in state.items() if key not in ("_mutex", "_tie", "swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._mutex = threading.RLock()
+        self._make_mutex()
         self._prepare()
         self._take_over()
         mark(self, fresh=vars(self).pop("_fresh"))
