@@ -112,3 +112,33 @@ def test_trees():
     assert private.tree_leaves(tree) == leaves
     assert private.tree_map_only(int, lambda n: n + 1, tree)["b"] == (4,)
     assert private.tree_map(type, tree) == {"a": [torch.Tensor, int], "b": (int,)}
+
+
+def test_function_after_a_backward_pass():
+    calls = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            private.after_backward(lambda: calls.append("after"))
+            calls.append("backward")
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: calls.append("leaf"))
+    Noting.apply(x).sum().backward()
+    assert calls == ["backward", "leaf", "after"]
+
+
+def test_parametrization_cache():
+    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(2, 2))
+    assert private.parametrization_cache() is None
+    with torch.nn.utils.parametrize.cached():
+        weight = layer.weight
+        assert next(iter(private.parametrization_cache().values())) is weight
+        private.parametrization_cache().clear()
+        assert layer.weight is not weight
