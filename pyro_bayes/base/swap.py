@@ -102,6 +102,9 @@ class Swap:
             or (isinstance(value, Tensor) and _is_computed(m, key, value))
             or (type(value) is list and any(id(_referent(item)) in own for item in value))
         ]
+        self._lists = [
+            (d, k) for d, k in self._attributes if type(d[k]) is list and k in _LIKE_WEIGHTS
+        ]
         self._caches = [
             (m.__dict__, key, f"{name}.{key}" if name else key)
             for name, m in self._module.named_modules()
@@ -233,15 +236,17 @@ class Swap:
         if owner is not None:
             places = [*places, (owner.__dict__, "training")]
         attributes = [(d, k, d.get(k, _MISSING)) for d, k in places]
-        refilled = [(d, k, caches.as_empty(name, d.get(k))) for d, k, name in self._caches]
+        refilled: list[Any] = []
+        if self._caches:
+            refilled = [(d, k, caches.as_empty(name, d.get(k))) for d, k, name in self._caches]
         computed = parametrization_cache()
         return _Layer(
             None if stay is None else weakref.ref(stay),
             thread,
             values,
             attributes,
-            [(d, k, [*value]) for d, k, value in attributes if k == "merged_adapters"],
-            [(d, k, cache) for d, k, cache in refilled if cache is not None],
+            [(d, k, [*d.get(k, ())]) for d, k in self._lists] if self._lists else [],
+            [(d, k, cache) for d, k, cache in refilled if cache is not None] if refilled else [],
             None if computed is None else dict(computed),
         )
 
@@ -259,7 +264,9 @@ class Swap:
         """Gives back what a layer holds, unless that was done: as often as it is interrupted."""
         if layer not in self._layers:
             return
-        rest = [other for other in self._layers if other is not layer]
+        rest: Sequence[_Layer] = ()
+        if len(self._layers) > 1:
+            rest = [other for other in self._layers if other is not layer]
         for name in layer.values:
             below: Tensor = self._originals[name]
             for other in rest:
@@ -271,7 +278,9 @@ class Swap:
                 attributes[key] = value
         for attributes, key, items in layer.lists:
             attributes[key][:] = items
-        missed = [cache.give_back(attributes, key) for attributes, key, cache in layer.caches]
+        missed = []
+        if layer.caches:
+            missed = [cache.give_back(attributes, key) for attributes, key, cache in layer.caches]
         if parametrization_cache() is not None:
             _set_computed(layer.computed or {})
         self._layers.remove(layer)
