@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_bayes.base.torch_private import (
     after_backward,
     is_transformed,
+    remove_hook,
     saved_tensors_hooks,
     tree_leaves,
     tree_map_only,
@@ -135,14 +136,14 @@ class Recomputation:
         if torch.compiler.is_compiling() or is_transformed():
             yield
             return
-        handle = base.register_forward_hook(after)
         try:
             try:
+                base.register_forward_hook(after)
                 yield
             finally:
-                handle.remove()
+                remove_hook(base, after)
         finally:  # the first time may have been interrupted
-            handle.remove()
+            remove_hook(base, after)
 
 
 class _Reopening(torch.autograd.Function):

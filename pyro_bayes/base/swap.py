@@ -216,10 +216,15 @@ class Swap:
         stay = None if torch.compiler.is_compiling() else _Stay()
         thread = None if stay is None else threading.current_thread()
         layer = self._layer(stay, thread, values, owner)
+        has_gradients = torch.is_grad_enabled()
         try:
             try:
                 self._open(layer)
                 yield self._module
+            except (Exception, KeyboardInterrupt):
+                # An interrupt within `torch.no_grad()` itself leaves gradients off.
+                torch.set_grad_enabled(has_gradients)
+                raise
             finally:
                 self._close(layer)
         finally:  # the first time may have been interrupted

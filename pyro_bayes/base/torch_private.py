@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._utils import _flatten_dense_tensors as flatten_dense
 from torch.autograd import forward_ad
@@ -34,6 +34,7 @@ __all__ = [
     "is_transformed",
     "outside_transforms",
     "parametrization_cache",
+    "remove_hook",
     "saved_tensors_hooks",
     "transform_level",
     "tree_flatten",
@@ -52,6 +53,23 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 without_torch_function: Callable[[], AbstractContextManager[Any]] = (
     torch._C.DisableTorchFunctionSubclass
 )
+
+
+def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook before or after the forward pass, also one whose registration was interrupted.
+
+    Arguments:
+        module: The module.
+        hook: The hook.
+    """
+    for hooks, kinds in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (module._forward_hooks, [module._forward_hooks_with_kwargs]),
+    ):
+        for key in [key for key, own in hooks.items() if own is hook]:
+            for kind in kinds:
+                kind.pop(key, None)
+            del hooks[key]
 
 
 def transform_level() -> int:

@@ -142,3 +142,16 @@ def test_parametrization_cache():
         assert next(iter(private.parametrization_cache().values())) is weight
         private.parametrization_cache().clear()
         assert layer.weight is not weight
+
+
+def test_hooks_are_removed_also_if_their_registration_was_interrupted():
+    layer, calls = torch.nn.Linear(2, 2), []
+    before, after = (lambda *_: calls.append(1)), (lambda *_: calls.append(2))
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after)
+    layer._forward_pre_hooks[-1] = before
+    for hook in (before, after):
+        private.remove_hook(layer, hook)
+    layer(torch.ones(2))
+    assert not calls
+    assert not layer._forward_pre_hooks_with_kwargs
