@@ -62,14 +62,13 @@ def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
         module: The module.
         hook: The hook.
     """
-    for hooks, kinds in (
-        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
-        (module._forward_hooks, [module._forward_hooks_with_kwargs]),
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
         for key in [key for key, own in hooks.items() if own is hook]:
-            for kind in kinds:
-                kind.pop(key, None)
             del hooks[key]
+            with_kwargs.pop(key, None)
 
 
 def transform_level() -> int:

@@ -32,6 +32,8 @@ from pyro_bayes.pyro_bridge.tie import Tie
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
 
 class PosteriorModule(PyroModule):
     r"""A base, its prior and its guide, as one module.
@@ -269,19 +271,13 @@ class PosteriorModule(PyroModule):
         Raises:
             RuntimeError: If the base is not as it was when it was wrapped.
         """
-        watches: list[contextlib.AbstractContextManager[None]] = []
-        if self._recomputation.may_be(self._base):
-            watches.append(self._recomputation.watch(self._base, self.again))
+        examples = again = _HERE
         if noise is not None and noise.estimator != "weights":
-            watches.append(self._examples.watch(self._base, values, noise, self._hold_unseen))
-        with self.swap(values, owner=self) as base:
-            if not watches:
-                yield base
-                return
-            with contextlib.ExitStack() as stack:
-                for watch in watches:
-                    stack.enter_context(watch)
-                yield base
+            examples = self._examples.watch(self._base, values, noise, self._hold_unseen)
+        if self._recomputation.may_be(self._base):
+            again = self._recomputation.watch(self._base, self.again)
+        with self.swap(values, owner=self) as base, again, examples:
+            yield base
 
     @contextmanager
     def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
