@@ -149,7 +149,7 @@ class BayesianModel(InspectedModule):
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_params().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
-        draws, _ = held_values(self._guide.flats(), ContextNoise("weights"))
+        draws, _ = held_values(self._flats(), ContextNoise("weights"))
         return dict(self.as_held(draws))
 
     def sample_model(self) -> nn.Module:
@@ -169,7 +169,7 @@ class BayesianModel(InspectedModule):
             >>> bnn.sample_model()
             Linear(in_features=3, out_features=1, bias=True)
         """
-        with self.lock(), torch.no_grad():
+        with torch.no_grad(), self.lock():
             draws = self.sample_params()
             model = self.swap.copy()
             parameters = dict(model.named_parameters())
@@ -226,7 +226,7 @@ class BayesianModel(InspectedModule):
             no gradient. A flow computes its density with the network, so `flow(c).log_prob(x)` must
             be inside as well. What needs outputs only, as a loss and the backward pass, may come
             after, unless the base computes again in the backward pass (activation checkpointing,
-            some flows).
+            some flows). There, :class:`pyro_bayes.ELBO` opens the context again.
 
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.
@@ -331,7 +331,7 @@ class BayesianModel(InspectedModule):
             >>> bnn.kl_divergence()
             tensor(0., grad_fn=<...>)
         """
-        return self._variances(prior_var).kl_divergence(self._guide.flats())
+        return self._variances(prior_var).kl_divergence(self._flats())
 
     def kl_divergences(self, prior_var: PriorVar | None = None) -> dict[str, Tensor]:
         """Computes the KL divergence of each parameter, whose sum is :meth:`kl_divergence`.
@@ -349,7 +349,7 @@ class BayesianModel(InspectedModule):
             >>> list(BayesianModel(nn.Linear(3, 1)).kl_divergences())
             ['weight', 'bias']
         """
-        return self._variances(prior_var).kl_divergences(self._guide.flats())
+        return self._variances(prior_var).kl_divergences(self._flats())
 
     def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
         if prior_var is None:

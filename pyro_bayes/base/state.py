@@ -37,7 +37,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     Arguments:
         module: The module.
     """
-    with preserve_modes(module), torch.no_grad():
+    with torch.no_grad(), preserve_modes(module):
         module.eval()
         yield
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from pyro.poutine import Trace, runtime
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._utils import _flatten_dense_tensors as flatten_dense
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     tree_flatten,
@@ -27,6 +28,7 @@ from torch.utils._pytree import (
 
 __all__ = [
     "TorchDispatchMode",
+    "after_backward",
     "flatten_dense",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
@@ -34,6 +36,9 @@ __all__ = [
     "is_transformed",
     "open_traces",
     "outside_transforms",
+    "parametrization_cache",
+    "remove_hook",
+    "saved_tensors_hooks",
     "transform_level",
     "tree_flatten",
     "tree_leaves",
@@ -51,6 +56,22 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 without_torch_function: Callable[[], AbstractContextManager[Any]] = (
     torch._C.DisableTorchFunctionSubclass
 )
+
+
+def remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook before or after the forward pass, also one whose registration was interrupted.
+
+    Arguments:
+        module: The module.
+        hook: The hook.
+    """
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, own in hooks.items() if own is hook]:
+            del hooks[key]
+            with_kwargs.pop(key, None)
 
 
 def transform_level() -> int:
@@ -92,9 +113,28 @@ def is_batched(gradients: Iterable[Tensor | None]) -> bool:
     return any([batched(gradient) for gradient in gradients if gradient is not None])
 
 
+def parametrization_cache() -> dict[Any, Any] | None:
+    """Returns the weights that parametrizations keep in `parametrize.cached()`, if it is open."""
+    return parametrize._cache if parametrize._cache_enabled else None
+
+
+def saved_tensors_hooks() -> Any:
+    """Returns the default hooks on saved tensors, such as those of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def has_saved_tensors_hooks() -> bool:
     """Tells whether default hooks on saved tensors are set, as by activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return saved_tensors_hooks() is not None
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls a function when the backward pass that is running has ended, unless by an error.
+
+    Arguments:
+        function: The function.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def untracked_views() -> AbstractContextManager[None]:

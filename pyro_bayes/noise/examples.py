@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bayes.base.state import undisturbed
-from pyro_bayes.base.torch_private import is_transformed, tree_leaves
+from pyro_bayes.base.torch_private import is_transformed, remove_hook, tree_leaves
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, mean_of
 from pyro_bayes.noise.inputs import Inputs, batch_size, changed, copied, tensors_in
@@ -107,11 +107,14 @@ class Examples:
         if torch.compiler.is_compiling():
             yield
             return
-        handle = base.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         try:
-            yield
-        finally:
-            handle.remove()
+            try:
+                base.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                yield
+            finally:
+                remove_hook(base, before)
+        finally:  # the first time may have been interrupted
+            remove_hook(base, before)
 
     def look(
         self,
@@ -148,8 +151,8 @@ class Examples:
         # One example meets no other. Within a transform, its inputs cannot be changed.
         if trial.size < 2 or is_transformed():
             return
-        self._busy = True
         try:
+            self._busy = True
             verdict = trial.verdict()
         finally:
             self._busy = False

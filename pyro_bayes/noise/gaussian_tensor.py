@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,8 +17,11 @@ from pyro_bayes.base.torch_private import (
     wrapper_subclass,
 )
 from pyro_bayes.noise.context import ContextNoise
+from pyro_bayes.noise.metadata import METADATA
 from pyro_bayes.posterior import gaussian
 from pyro_bayes.posterior.rounding import keeping_precision
+
+_HERE = nullcontext()  # an interrupt may skip the exit of the innermost context, and of no other
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 """What each operator does with Gaussian tensors, by the function that torch reports."""
@@ -150,19 +154,22 @@ class GaussianTensor(torch.Tensor):
 
     def _of_posterior(self, name: Moment, kept: Tensor | None) -> Tensor:
         mean, logvar = self._pair()
+        # Each serves all losses of a context, whose backward passes may be several.
         if name == "variance":
-            return logvar.exp()
+            return gaussian.spread(logvar, logvar.detach().exp(), 1.0)
         if kept is not None:
             # It was made without a gradient, maybe in inference mode, and has one from now on.
-            kept, one = kept.clone(), (0.5 * (logvar - logvar.detach()).nan_to_num(0.0)).exp()
+            kept = kept.clone()
             if name == "perturbation":
-                return kept * one
-            return kept + (mean - mean.detach()) + (kept - mean).detach() * (one - 1)
-        if name == "perturbation":
-            return (0.5 * logvar).exp() * self.noise.of_parameter(self.parameter, mean)
-        if "perturbation" in self._moments:
+                return gaussian.spread(logvar, kept, 0.5)
+            deviation = (kept - mean).detach()
+            moved = gaussian.spread(logvar, deviation, 0.5) - deviation
+            return kept + (mean - mean.detach()) + moved
+        if name == "draw" and "perturbation" in self._moments:
             return mean + self.moment("perturbation")
-        return gaussian.draw(mean, logvar, self.noise.of_parameter(self.parameter, mean))
+        epsilon = self.noise.of_parameter(self.parameter, mean)
+        deviation = gaussian.spread(logvar, (0.5 * logvar.detach()).exp() * epsilon, 0.5)
+        return deviation if name == "perturbation" else mean + deviation
 
     @property
     def axes(self) -> tuple[Axis | None, ...] | None:
@@ -266,7 +273,7 @@ class GaussianTensor(torch.Tensor):
         if apply_rule is None:
             if func == _REQUIRES_GRAD:
                 return _pin(args[0])
-            if func in _METADATA:
+            if func in METADATA:
                 if len(args) == 1 and not kwargs:
                     return func(args[0]._mean)
                 return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
@@ -328,26 +335,6 @@ def gaussians_in(values: Iterable[Any]) -> list[GaussianTensor]:
     return [value for value in values if isinstance(value, GaussianTensor)]
 
 
-def _metadata() -> set[Callable[..., Any]]:
-    attributes = (
-        "device dtype is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse"
-        " is_sparse_csr is_xpu itemsize layout nbytes ndim shape"
-    )
-    methods = (
-        "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed"
-        " ndimension nelement numel size stride"
-    )
-    functions: set[Callable[..., Any]] = {
-        getattr(Tensor, a).__get__ for a in attributes.split() if hasattr(Tensor, a)
-    }
-    functions |= {getattr(Tensor, m) for m in methods.split()}
-    likes = "zeros ones empty full rand randn"
-    functions |= {getattr(torch, f"{like}_like") for like in likes.split()}
-    functions |= {getattr(Tensor, f"new_{like}") for like in likes.split()[:4]}
-    return functions | {torch.numel, torch.is_floating_point, torch.is_complex, Tensor.new_tensor}
-
-
-_METADATA = _metadata()
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -368,14 +355,14 @@ def _pin(value: GaussianTensor) -> bool:
     sample = drawn(value)
     if not value._is_its_draw:
         value._is_its_draw = True
-        with without_torch_function():
+        with without_torch_function(), _HERE:
             value.copy_(sample)
     return True
 
 
 def has_gradient(value: Tensor) -> bool:
     """Tells whether autograd knows a tensor, past all rules."""
-    with without_torch_function():
+    with without_torch_function(), _HERE:
         return value.requires_grad
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.kept import Kept
 from pyro_bayes.base.torch_private import is_batched, is_transformed, untracked_views
 from pyro_bayes.posterior import gaussian, passes
 from pyro_bayes.posterior.fixed import warn_of_use
@@ -131,9 +132,9 @@ class _Draw(torch.autograd.Function):
         ctx.present = _present(precision, mean, logvar) if number else 1.0
         output, spread, value = passes.sample(layout, kind, mean, logvar, number, ctx.present)
         if kind is None:
-            ctx.save_for_backward(mean, logvar, None)
+            ctx.kept = Kept(mean, logvar, None)
             return (value,)
-        ctx.save_for_backward(mean, logvar, spread)
+        ctx.kept = Kept(mean, logvar, spread)
         # What changes the means in place is to be noticed; draws are the user's to change.
         means = [] if kind == "draws" else layout.views(mean)
         with untracked_views():
@@ -145,7 +146,7 @@ class _Draw(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, logvar, spread = ctx.saved_tensors
+        mean, logvar, spread = ctx.kept.tensors
         *tensors, of_number = grads
         count = len(ctx.layout.parts)
         of_outputs = _any(tensors[-count - 1 : -1])
@@ -173,12 +174,12 @@ class _LogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, spread: Tensor, value: Tensor, *others: Tensor) -> Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(spread, *others)
+        ctx.kept = Kept(spread, *others)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        spread, mean, logvar, *draws = ctx.saved_tensors
+        spread, mean, logvar, *draws = ctx.kept.tensors
         layout: Layout = ctx.layout
         if torch.is_grad_enabled() or is_batched([grad]):
             deviation = _deviation(spread, layout.flatten(draws), mean)

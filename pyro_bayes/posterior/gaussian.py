@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_bayes.base.kept import Kept
+from pyro_bayes.base.torch_private import is_transformed
 
 
 def draw(mean: Tensor, logvar: Tensor, epsilon: Tensor | None = None) -> Tensor:
@@ -30,6 +34,42 @@ def draw(mean: Tensor, logvar: Tensor, epsilon: Tensor | None = None) -> Tensor:
     if epsilon is None:
         epsilon = torch.randn_like(mean)
     return torch.addcmul(mean, (0.5 * logvar).exp(), epsilon)
+
+
+def spread(logvar: Tensor, values: Tensor, weight: float) -> Tensor:
+    r"""Makes values proportional to :math:`(\sigma^2)^w` a function of :math:`\log \sigma^2`.
+
+    Unlike operators, it allows for as many backward passes as there are.
+
+    Arguments:
+        logvar: The log-variances :math:`\log \sigma^2`, of any shape.
+        values: The values at these log-variances, of the same shape, without a gradient.
+        weight: The exponent :math:`w`, 0.5 for deviations and 1 for variances.
+
+    Returns:
+        The values, of the same shape, differentiable by the log-variances.
+
+    Example:
+        >>> spread(torch.zeros(2), torch.tensor([1.0, -1.0]), 0.5)
+        tensor([ 1., -1.])
+    """
+    if is_transformed():
+        return values * (weight * (logvar - logvar.detach()).nan_to_num(0.0)).exp()
+    return _Spread.apply(logvar, values, weight)  # type: ignore[no-any-return]
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logvar: Tensor, values: Tensor, weight: float) -> Tensor:
+        ctx.kept, ctx.values, ctx.weight = Kept(logvar), values, weight
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
+        (logvar,), values, weight = ctx.kept.tensors, ctx.values, ctx.weight
+        if torch.is_grad_enabled():
+            values = values * (weight * (logvar - logvar.detach()).nan_to_num(0.0)).exp()
+        return weight * grad * values, None, None
 
 
 def log_densities(value: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bayes.base.kept import Kept
 from pyro_bayes.posterior.layout import Layout, Part
 
 _DATA: Any = Tensor.data
@@ -266,12 +267,12 @@ class Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, flat: Tensor, *leaves: Tensor) -> Tensor:
         ctx.layout = layout
-        ctx.save_for_backward(*leaves)  # so that autograd refuses leaves that changed meanwhile
+        ctx.kept = Kept(*leaves)  # so that leaves that changed meanwhile are refused
         return flat.view_as(flat)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
+        _ = ctx.kept.tensors
         parts: Sequence[Tensor] = (
             ctx.layout.split(grad) if torch.is_grad_enabled() else ctx.layout.views(grad)
         )

@@ -61,8 +61,7 @@ class Memory:
         means: A module of the means under the parameters' own names.
         logvars: A module of the log-variances, likewise.
         leaves: Which leaves there are.
-        addresses: The address of each mean by name, where the base is to have it; 0 if it has no
-            elements.
+        addresses: The address of each mean by name, where the base is to have it; 0 if empty.
         rounding: The parameters that the base has in lower precision.
         fixed: The elements that carry no information; `None` if there never are any.
     """

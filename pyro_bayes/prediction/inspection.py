@@ -58,7 +58,7 @@ class InspectedModule(PredictingModule):
             noise = context_noise(local_trick, batch_dim, check_examples=False)
             uses = noise.uses = {}
             function, inputs = (args[0], ()) if callable(args[0]) else (_call, args)
-            with self.lock(), undisturbed(self._base), torch.enable_grad():
+            with torch.enable_grad(), self.lock(), undisturbed(self._base):
                 note = self.look_at_examples(
                     function, *inputs, local_trick=local_trick, batch_dim=batch_dim
                 )
@@ -129,7 +129,7 @@ class InspectedModule(PredictingModule):
                     contexts.append(_numbers(call(base, *args, **kwargs)))
             return [torch.stack(values) for values in zip(*contexts, strict=True)]
 
-        with self.lock(), undisturbed(self._base), torch.no_grad():
+        with torch.no_grad(), self.lock(), undisturbed(self._base):
             options = {"batch_dim": batch_dim, **kwargs}
             found = {
                 name: self.look_at_examples(call, *args, local_trick=kind, **options)

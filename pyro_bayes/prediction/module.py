@@ -79,7 +79,7 @@ class PredictingModule(LiftedModule):
         """
         warn_if_stale(self)
         with self.lock():
-            parts = self._base, self._guide.flats(), self.hold
+            parts = self._base, self._flats(), self.hold
             return predict(
                 *parts,
                 x,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import threading
 import traceback
 import warnings
 import weakref
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_bayes.base.checks import check_count, check_generator, check_levels
+from pyro_bayes.base.mutex import Mutex
 from pyro_bayes.base.state import Buffers, draw_seed
 from pyro_bayes.base.torch_private import (
     TorchDispatchMode,
@@ -38,7 +38,7 @@ Hold: TypeAlias = Callable[[Mapping[str, Tensor]], AbstractContextManager[nn.Mod
 _STATISTICS = ("mean", "variance", "samples")
 _DELAY = 3.0  # seconds until the progress bar appears
 
-_quiet = threading.RLock()  # validation and filters of warnings are settings of the whole process
+_quiet = Mutex("validation")  # validation and filters of warnings are settings of the whole process
 _noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _costs: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Cost]] = weakref.WeakKeyDictionary()
 
@@ -286,7 +286,7 @@ class _Run:
         # Checks of distributions branch on data. That an operator has no batching rule makes a loop
         # of it alone, which takes less time than one of the whole base.
         try:
-            with _quiet, pyro.validation_enabled(False), warnings.catch_warnings():
+            with _quiet.turn(), warnings.catch_warnings(), pyro.validation_enabled(False):
                 warnings.filterwarnings("ignore", message="There is a performance drop because")
                 batched = torch.vmap(partial(self._evaluate, function), randomness="different")
                 return tuple(batched(self._draws.stacked(rows)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
 from pyro_bayes.base.fixed import FixedElements
+from pyro_bayes.base.mutex import Mutex
 from pyro_bayes.base.nested import plant
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.layout import Flat
@@ -27,7 +27,7 @@ from pyro_bayes.pyro_bridge.site import Posterior
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_constructing = threading.Lock()  # Pyro's handlers are one stack for all threads
+_constructing = Mutex("Pyro's handlers")  # Pyro's handlers are one stack for all threads
 
 
 class MeanField(AutoNormal):
@@ -94,7 +94,7 @@ class MeanField(AutoNormal):
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
         self._wished_name = store_name
         self.store_name = store.claim(store_name, self)
-        with _constructing:
+        with _constructing.turn():
             self._setup_prototype()
         store.allow_module_local(self)
         self.register_load_state_dict_post_hook(_after_load)

@@ -2,20 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from pyro import poutine
+from torch import Tensor, nn
 
+from pyro_bayes.base import ownership
 from pyro_bayes.noise.context import ContextNoise, context_noise
-from pyro_bayes.noise.tensors import held_values
+from pyro_bayes.noise.tensors import as_dtypes, held_values
 from pyro_bayes.priors.variance import PriorVariances
 from pyro_bayes.pyro_bridge.module import PosteriorModule
+
+_HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class HeldModule(PosteriorModule):
     """A base, its prior and its guide, with what the base holds in a context."""
+
+    @contextmanager
+    def mean(self) -> Iterator[nn.Module]:
+        """Holds the posterior means in the base while the context is open, without gradients.
+
+        So does `base` where no other context is open. The mode stays what it is.
+
+        Yields:
+            The base.
+
+        Example:
+            >>> from pyro_bayes import BayesianModel
+            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
+            >>> with bnn.mean() as net:
+            ...     prediction = net(x)
+        """
+        with self.lock():
+            self._pull()
+            values: dict[str, Tensor] = dict(self.swap.originals)
+            if ownership.is_former(self._guide):
+                memory = self._guide.memory
+                values |= {c.name: memory.mean(c.name) for c in self.choices if c.included}
+            with self.hold(values) as base:
+                yield base
+
+    @contextmanager
+    def hold(
+        self, values: Mapping[str, Tensor], noise: ContextNoise | None = None
+    ) -> Iterator[nn.Module]:
+        """Holds values in the place of the base's parameters while the context is open.
+
+        Arguments:
+            values: The values by the names of parameters.
+            noise: The noise that Gaussian tensors among them have, if it is told by the example.
+
+        Yields:
+            The base.
+
+        Raises:
+            RuntimeError: If the base is not as it was when it was wrapped.
+        """
+        if self._guide.memory.rounding.dtypes:
+            self._keep_tied()
+            values = self.as_held(values)
+        examples = again = _HERE
+        if noise is not None and noise.estimator != "weights":
+            examples = self._examples.watch(self._base, values, noise, self._hold_unseen)
+        if self._recomputation.may_be(self._base):
+            again = self._recomputation.watch(self._base, self.again)
+        with self.swap(values, owner=self) as base, again, examples:
+            yield base
+
+    @contextmanager
+    def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Holds values in the base, out of sight of Pyro's handlers."""
+        with poutine.block(), self.swap(self.as_held(values)) as base:
+            yield base
+
+    def as_held(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns values in the dtypes of the base's parameters.
+
+        Arguments:
+            values: The values by the names of parameters.
+        """
+        dtypes = self._guide.memory.rounding.dtypes
+        return as_dtypes(values, dtypes) if dtypes else values
+
+    def again(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Returns what opens, later, a context that holds what the base holds now.
+
+        It belongs to the present thread, whichever opens it: a backward pass may have its own.
+        """
+        values, thread = self.swap.values, threading.current_thread()
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with self._mutex.turn(thread), self.hold(values):
+                yield
+
+        return context
 
     def look_at_examples(
         self,
@@ -71,6 +158,6 @@ class HeldModule(PosteriorModule):
         Returns:
             The values by the names of parameters, and the divergence of each dtype and device.
         """
-        flats, memory = self._guide.flats(), self._guide.memory
+        flats, memory = self._flats(), self._guide.memory
         named = None if torch.is_grad_enabled() else memory.by_name()
         return held_values(flats, noise, variances, named)

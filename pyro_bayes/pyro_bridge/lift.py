@@ -61,6 +61,7 @@ class LiftedModule(HeldModule):
             >>> loss = svi.step(torch.randn(5, 3), torch.randn(5))
         """
         with self.lock(), LiftMessenger(self._guide.sites) as messenger:
+            self._keep_tied()
             with distinct_sites():
                 values = self._prior()
             for site in messenger.observed:

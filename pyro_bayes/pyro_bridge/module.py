@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_bayes.base import ownership
 from pyro_bayes.base.freshness import is_fresh, mark
+from pyro_bayes.base.mutex import Mutex
+from pyro_bayes.base.recomputation import Recomputation
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
-from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.examples import Examples
-from pyro_bayes.noise.tensors import as_dtypes
+from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.files import check_whole
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
+from pyro_bayes.pyro_bridge.tie import Tie
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +62,6 @@ class PosteriorModule(PyroModule):
         self.choices = tuple(choices)
         self._trained: set[str] = set()
         self.learned_beside: tuple[str, ...] = ()
-        self._tied: dict[str, int] | None = None  # the addresses that the base last shared
         # `PyroModule.add_module` would rename the prior's sites after the attribute.
         for key, module in {"base": base, "prior": prior, "guide": guide}.items():
             nn.Module.add_module(self, key, module)
@@ -73,8 +71,8 @@ class PosteriorModule(PyroModule):
         self.register_state_dict_post_hook(_drop_included)
         self.register_load_state_dict_pre_hook(_add_included)
         self.register_load_state_dict_post_hook(_after_load)
-        self._examples = Examples()
-        self._mutex = threading.RLock()
+        self._examples, self._recomputation = Examples(), Recomputation()
+        self._make_mutex()
         self._prepare()
         self._take_over()
         mark(self)
@@ -90,32 +88,6 @@ class PosteriorModule(PyroModule):
         r"""The log-variances :math:`\log \sigma^2`, a module with the parameters' own names."""
         self._pull()
         return self._guide.memory.logvars
-
-    @contextmanager
-    def mean(self) -> Iterator[nn.Module]:
-        """Holds the posterior means in the base while the context is open, without gradients.
-
-        So does `base` where no other context is open. The mode stays what it is.
-
-        Yields:
-            The base.
-
-        Example:
-            >>> from pyro_bayes import BayesianModel
-            >>> bnn, x = BayesianModel(nn.Linear(3, 1)), torch.randn(5, 3)
-            >>> with bnn.mean() as net:
-            ...     prediction = net(x)
-        """
-        with self.lock():
-            self._pull()
-            values: dict[str, Tensor] = dict(self.swap.originals)
-            if ownership.is_former(self._guide):
-                memory = self._guide.memory
-                values |= {c.name: memory.mean(c.name) for c in self.choices if c.included}
-            else:
-                self._tie()
-            with self.hold(values) as base:
-                yield base
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -154,7 +126,6 @@ class PosteriorModule(PyroModule):
             # Read past PyroModule, which would make a `pyro.module` statement of the base.
             if name == "base" and "swap" in self.__dict__:
                 self._pull()
-                self._tie()
                 self._warn_of_new_owner()
             return modules[name]
         try:
@@ -190,29 +161,28 @@ class PosteriorModule(PyroModule):
     def _guide(self) -> MeanField:
         return self._modules["guide"]  # type: ignore[return-value]
 
+    def _make_mutex(self) -> None:
+        name = f"{type(self).__name__} '{self._guide.store_name}' of {type(self._base).__name__}"
+        self._mutex = Mutex(name)
+
     def _prepare(self) -> None:
         """Looks the parameters up, after any of them may have been replaced."""
         self.swap = Swap(self._base, {c.name: (c.name, *c.aliases) for c in self.choices})
+        self._tie = Tie(self.swap, self._guide)
 
-    def _tie(self) -> None:
-        """Lets the base's included parameters share the memory of the means, if they are ours."""
-        originals, memory = self.swap.originals, self._guide.memory
-        memory.show()
-        stayed, self._tied = self._tied is memory.addresses, memory.addresses
-        for name, address in memory.addresses.items():
-            original = originals[name]
-            if original.data_ptr() != address and ownership.is_owner(self._guide, original):
-                mean = memory.mean(name)
-                if stayed and original.shape == mean.shape:  # somebody assigned to `.data`
-                    values = original.detach()
-                    kept = values == mean.to(values)  # what rounds to the same keeps its digits
-                    mean.copy_(torch.where(kept, mean.to(values.device), values.to(mean.dtype)))
-                original.data = mean
+    def _keep_tied(self) -> None:
+        """Sees that the base is that of the means, whatever became of it since the last use."""
+        self.swap.heal()
+        self._tie.keep()
+
+    def _flats(self) -> list[Flat]:
+        r"""Returns :math:`\mu` and :math:`\log \sigma^2` as flat tensors, as they are by now."""
+        self._keep_tied()
+        return self._guide.flats()
 
     def _take_over(self) -> None:
         """Claims the base's parameters, from a former model if there is one."""
         names = {id(original): name for name, original in self.swap.originals.items()}
-        self._tied = None
         trained = ownership.claim(
             self._guide,
             [
@@ -221,7 +191,7 @@ class PosteriorModule(PyroModule):
             ],
         )
         self._trained |= {names[id(parameter)] for parameter in trained}
-        self._tie()
+        self._tie.make()
 
     def _warn_of_new_owner(self) -> None:
         if ownership.is_former(self._guide):
@@ -244,6 +214,7 @@ class PosteriorModule(PyroModule):
         return {self._store_key(name): p for name, p in self._deterministic().items()}
 
     def _pull(self) -> None:
+        self._keep_tied()
         self._guide.pull()
         store.pull(self._stored)
 
@@ -261,54 +232,10 @@ class PosteriorModule(PyroModule):
                 stacklevel=4,
             )
 
-    @contextmanager
-    def hold(
-        self, values: Mapping[str, Tensor], noise: ContextNoise | None = None
-    ) -> Iterator[nn.Module]:
-        """Holds values in the place of the base's parameters while the context is open.
-
-        Arguments:
-            values: The values by the names of parameters.
-            noise: The noise that Gaussian tensors among them have, if it is told by the example.
-
-        Yields:
-            The base.
-        """
-        if self._guide.memory.rounding.dtypes:
-            if not torch.compiler.is_compiling():
-                self._tie()
-            values = self.as_held(values)
-        training = self.training
-        try:
-            with self.swap(values) as base:
-                if noise is None or noise.estimator == "weights":
-                    yield base
-                else:
-                    with self._examples.watch(base, values, noise, self._hold_unseen):
-                        yield base
-        finally:
-            if self.training != training:  # Pyro's modules take long to set an attribute
-                self.training = training
-
-    @contextmanager
-    def _hold_unseen(self, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Holds values in the base, out of sight of Pyro's handlers."""
-        with poutine.block(), self.swap(self.as_held(values)) as base:
-            yield base
-
-    def as_held(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Returns values in the dtypes of the base's parameters.
-
-        Arguments:
-            values: The values by the names of parameters.
-        """
-        dtypes = self._guide.memory.rounding.dtypes
-        return as_dtypes(values, dtypes) if dtypes else values
-
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context that one thread at a time can be in."""
         # A compiled function runs in one thread, and cannot hold a lock.
-        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._mutex.turn()
 
     def _check_closed(self) -> None:
         if self.swap.is_open:
@@ -321,7 +248,6 @@ class PosteriorModule(PyroModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._check_closed()
         self._pull()
-        self._tie()
         fresh = is_fresh(self)
         super()._apply(fn, recurse)
         self._replaced()
@@ -339,11 +265,11 @@ class PosteriorModule(PyroModule):
     def __getstate__(self) -> dict[str, Any]:
         self._check_closed()
         state = dict(super().__getstate__(), _fresh=is_fresh(self))
-        return {key: value for key, value in state.items() if key not in ("_mutex", "swap")}
+        return {key: value for key, value in state.items() if key not in ("_mutex", "_tie", "swap")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._mutex = threading.RLock()
+        self._make_mutex()
         self._prepare()
         self._take_over()
         mark(self, fresh=vars(self).pop("_fresh"))

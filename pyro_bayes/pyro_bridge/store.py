@@ -9,7 +9,6 @@ their place in the store again. No parameter is ever replaced, so no optimiser l
 from __future__ import annotations
 
 import re
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,9 +21,11 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
+from pyro_bayes.base.mutex import Mutex
+
 _owners: dict[str, weakref.ref[Any]] = {}
 _registered: dict[int, weakref.ref[nn.Parameter]] = {}
-_pulling = threading.Lock()
+_mutex = Mutex("the names of models and their values in Pyro's param store")
 _OWN = re.compile(r"(mean|logvar)(_\d+)?$|(means|logvars|base|likelihood)\.")
 
 
@@ -41,15 +42,16 @@ def claim(name: str, owner: object) -> str:
     Returns:
         The name itself if it is free, or else `name_1`, `name_2`, …
     """
-    claimed, number = name, 0
-    while _owners.get(claimed, lambda: None)() is not None:
-        number += 1
-        claimed = f"{name}_{number}"
-    _owners[claimed] = weakref.ref(owner)
-    dead = [name for name, reference in _owners.items() if reference() is None]
-    for name in dead:
-        del _owners[name]
-    _remove([claimed, *dead])
+    with _mutex.turn():
+        claimed, number = name, 0
+        while _owners.get(claimed, lambda: None)() is not None:
+            number += 1
+            claimed = f"{name}_{number}"
+        _owners[claimed] = weakref.ref(owner)
+        dead = [name for name, reference in [*_owners.items()] if reference() is None]
+        for name in dead:
+            del _owners[name]
+        _remove([claimed, *dead])
     return claimed
 
 
@@ -87,7 +89,7 @@ def pull(parameters: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         return
     for name, parameter in foreign.items():
         _check_shape(name, held[name], parameter)
-    with _pulling, torch.no_grad():
+    with torch.no_grad(), _mutex.turn():
         for name, parameter in foreign.items():
             if name in held and held[name] is not parameter:
                 parameter.copy_(held[name])

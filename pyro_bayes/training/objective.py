@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_batch, check_count, is_count, is_number
+from pyro_bayes.base.recomputation import Watch, is_foreign, nodes, reopening
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.noise.context import context_noise
 from pyro_bayes.prediction.batches import arguments, called
 from pyro_bayes.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LOSSES = {
     "mse": "Gaussian(scale)",
@@ -128,6 +133,7 @@ class ELBO(nn.Module):
         self.batch_dim = batch_dim
         self.check_examples = check_examples
         self.kl_weight = kl_weight
+        self._computes_again: bool | None = None
 
     @property
     def weight(self) -> float | Tensor:
@@ -161,19 +167,27 @@ class ELBO(nn.Module):
             self.model.look_at_examples(self._log_probs(y), *args, **kind, **kwargs)
         nlls = []
         for _ in range(self.num_samples):
-            with self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
-                net,
-                kl,
+            with (
+                self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
+                    net,
+                    kl,
+                ),
+                self._watch() as watch,
             ):
                 # Inside the context, because flows compute their density with the network.
                 log_probs = self.likelihood.log_prob(called(net, args, kwargs), y)
-            if log_probs.shape != y.shape[:1]:
-                raise ValueError(
-                    f"Expected the distribution of {type(self.likelihood).__name__} to have one"
-                    f" log-probability per example, the shape {tuple(y.shape[:1])}; got"
-                    f" {tuple(log_probs.shape)}. It must not be reduced over examples."
-                )
-            nlls.append(-log_probs.mean())
+                if log_probs.shape != y.shape[:1]:
+                    raise ValueError(
+                        f"Expected the distribution of {type(self.likelihood).__name__} to have one"
+                        f" log-probability per example, the shape {tuple(y.shape[:1])}; got"
+                        f" {tuple(log_probs.shape)}. It must not be reduced over examples."
+                    )
+                nll = -log_probs.mean()
+                if watch is not None:
+                    self._computes_again = self._find_out(nll, hooked=watch.hooked)
+                if self._computes_again and nll.requires_grad:
+                    nll = reopening(nll, self.model.again())
+            nlls.append(nll)
         if self.training:
             check_batch(len(y), self.num_data)
         nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
@@ -182,6 +196,37 @@ class ELBO(nn.Module):
     def _log_probs(self, y: Tensor) -> Callable[..., Tensor]:
         """Returns the log-probability of targets as a function of the network and its inputs."""
         return lambda net, *args, **kwargs: self.likelihood.log_prob(called(net, args, kwargs), y)
+
+    def _watch(self) -> AbstractContextManager[Watch | None]:
+        """Returns what watches the first forward pass of a training."""
+        wanted = self._computes_again is None and self.training and torch.is_grad_enabled()
+        return Watch() if wanted and not torch.compiler.is_compiling() else nullcontext()
+
+    def _find_out(self, nll: Tensor, *, hooked: bool) -> bool:
+        """Tells whether the backward pass computes again, and checks that it trains the model."""
+        found = [*nodes(nll)]
+        if hooked or any(map(is_foreign, found)):
+            return True
+        leaves = [p for p in self.model.guide.parameters() if p.requires_grad]
+        reached = {id(node.variable) for node in found if hasattr(node, "variable")}
+        if leaves and not any(id(leaf) in reached for leaf in leaves):
+            raise RuntimeError(
+                "Expected the log-likelihood to have a gradient with respect to the posterior; got"
+                " none, so that only the divergence would train. Does the network detach its"
+                " output, switch gradients off, or use torch.utils.checkpoint with"
+                " use_reentrant=True, which needs an input that requires a gradient? Choose"
+                " use_reentrant=False."
+            )
+        return False
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, and finds out anew whether the backward pass computes again.
+
+        Arguments:
+            mode: Whether to train.
+        """
+        self._computes_again = None
+        return super().train(mode)
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Computes the loss.

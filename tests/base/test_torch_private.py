@@ -119,3 +119,46 @@ def test_open_traces():
     with poutine.trace() as outer, poutine.block(), poutine.trace() as inner:
         assert private.open_traces() == [outer.trace, inner.trace]
     assert private.open_traces() == []
+
+
+def test_function_after_a_backward_pass():
+    calls = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            private.after_backward(lambda: calls.append("after"))
+            calls.append("backward")
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: calls.append("leaf"))
+    Noting.apply(x).sum().backward()
+    assert calls == ["backward", "leaf", "after"]
+
+
+def test_parametrization_cache():
+    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(2, 2))
+    assert private.parametrization_cache() is None
+    with torch.nn.utils.parametrize.cached():
+        weight = layer.weight
+        assert next(iter(private.parametrization_cache().values())) is weight
+        private.parametrization_cache().clear()
+        assert layer.weight is not weight
+
+
+def test_hooks_are_removed_also_if_their_registration_was_interrupted():
+    layer, calls = torch.nn.Linear(2, 2), []
+    before, after = (lambda *_: calls.append(1)), (lambda *_: calls.append(2))
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after)
+    layer._forward_pre_hooks[-1] = before
+    for hook in (before, after):
+        private.remove_hook(layer, hook)
+    layer(torch.ones(2))
+    assert not calls
+    assert not layer._forward_pre_hooks_with_kwargs
