@@ -231,15 +231,9 @@ class GaussianTensor(torch.Tensor):
     ) -> GaussianTensor:
         def new() -> GaussianTensor:
             return GaussianTensor(
-                mean,
-                {},
-                make,
-                parameter=self.parameter,
-                key=key,
-                axes=axes,
-                noise=self.noise,
+                mean, {}, make, parameter=self.parameter, key=key, axes=axes, noise=self.noise,
                 posterior=self._posterior,
-            )
+            )  # fmt: skip
 
         if not torch.is_grad_enabled() or is_transformed() or not has_gradient(self):
             return new()
