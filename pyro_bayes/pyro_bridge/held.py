@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
+from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.tensors import as_dtypes, held_values
 from pyro_bayes.priors.variance import PriorVariances
@@ -140,7 +141,7 @@ class HeldModule(PosteriorModule):
         if noise.estimator == "weights":
             return None
         if not self._examples.is_known(self._base, noise):
-            with self.lock():
+            with self.lock(), preserve_random_state():
                 values, _ = self.values(noise)
                 hold, inputs = self._hold_unseen, (args, kwargs)
                 self._examples.look(self._base, values, noise, hold, inputs, function)

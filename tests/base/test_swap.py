@@ -108,6 +108,7 @@ CONTEXTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_base_is_given_back(case, context, fails):

@@ -22,6 +22,9 @@ from pyro_bayes.prediction.batches import generators
 from pyro_bayes.training import checkpoint, fit
 from pyro_bayes.training.schedule import LinearWarmup
 
+# Batch norm lets examples meet, which is said each time that a model is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
+
 
 class Augmented(Dataset):
     """Data to which each kind of generator adds noise."""

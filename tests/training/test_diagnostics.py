@@ -10,6 +10,9 @@ from torch import nn
 from pyro_bayes import ELBO, BayesianModel, likelihoods
 from pyro_bayes.training import diagnose, fit
 
+# Batch norm lets examples meet, which is said each time that a model is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
+
 
 def objective_of(problem, bnn):
     return ELBO(bnn, likelihoods.Gaussian(math.sqrt(NOISE_VAR)), len(problem.y))

@@ -23,6 +23,9 @@ from pyro_bayes.training import History, fit
 from pyro_bayes.training.run import Run
 from pyro_bayes.training.schedule import LinearWarmup
 
+# Batch norm lets examples meet, which is said each time that a model is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
+
 STILL = pytest.mark.filterwarnings("ignore:After .* epochs")
 
 

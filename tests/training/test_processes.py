@@ -23,6 +23,9 @@ from pyro_bayes import ELBO, BayesianModel, likelihoods
 from pyro_bayes.training import fit
 from pyro_bayes.training.schedule import LinearWarmup
 
+# Batch norm lets examples meet, which is said each time that a model is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
+
 COUNT = 2
 
 
