@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint docs notebooks bench gradient-variance uci test-lowest clean
+.PHONY: demo test lint docs notebooks bench gradient-variance uci test-architectures \
+	test-lowest clean
 
 demo: $(READY)  ## Train on real data, with and without Bayes
 	$(BIN)/python -m pyro_bayes.demo
@@ -33,11 +34,18 @@ uci: $(READY)  ## Score on the UCI datasets: make uci DATA=folder PUBLISHED=file
 notebooks: $(READY)  ## Execute the notebooks, and make their index in the README
 	$(BIN)/python notebooks/execute.py $(NAMES)
 
+test-architectures:  ## Compare estimators with draws on networks that people use
+	$(PYTHON) -m venv --clear .venv-architectures
+	.venv-architectures/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[demo,zuko]' pytest \
+		--requirement tests/architectures/packages.txt
+	.venv-architectures/bin/python -m pytest -q -s tests/architectures
+
 test-lowest:  ## Run the tests with the lowest versions that are supported
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 clean:
-	rm -rf .venv .venv-bench .venv-lowest docs/_build
+	rm -rf .venv .venv-architectures .venv-bench .venv-lowest docs/_build
 
 CONSTRAINTS ?= constraints.txt
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from pyro_bayes import BayesianModel
 
-CONTEXTS = 200
-POSITIONS = "local noise is independent at positions that share weights"
+CONTEXTS = 300
 
 
 def transformers_models() -> dict[str, Any]:
@@ -92,19 +91,21 @@ def timm_models() -> dict[str, Any]:
         "convnext_atto": 32,
         "mobilenetv3_small_050": 32,
         "levit_128s": 224,
-        "mixer_s32_224": 224,
         "vit_tiny_patch16_224": 32,
         "efficientformer_l1": 224,
         "beit_base_patch16_224": 32,
     }
     options: dict[str, Any] = {
         "vit_tiny_patch16_224": {"img_size": 32, "embed_dim": 24, "depth": 2},
-        "mixer_s32_224": {"embed_dim": 16, "num_blocks": 1},
         "beit_base_patch16_224": {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 3},
         "levit_128s": {"embed_dim": (16, 16, 16), "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
         "efficientformer_l1": {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 8, 8)},
     }
-    return {
+    from timm.models.mlp_mixer import MlpMixer
+
+    mixer = {"img_size": 32, "patch_size": 8, "num_blocks": 1, "embed_dim": 16, "num_classes": 3}
+    models = {"mixer": (lambda: MlpMixer(**mixer), {"x": torch.randn(2, 3, 32, 32)}, lambda o: o)}
+    return models | {
         name: (
             lambda n=name: timm.create_model(n, num_classes=3, **options.get(n, {})),
             {"x": torch.randn(2, 3, size, size)},
