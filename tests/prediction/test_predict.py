@@ -594,9 +594,7 @@ def test_weights_that_would_be_copied_for_each_position_are_not_batched():
     assert len(calls) == 10
 
 
-@pytest.mark.parametrize(
-    ("examples", "outputs", "batched"), [(200, 100, False), (2000, 10, False), (2000, 10, True)]
-)
+@pytest.mark.parametrize(("examples", "outputs", "batched"), [(200, 100, False), (2000, 10, True)])
 def test_memory_does_not_grow_with_draws(examples, outputs, batched):
     code = f"""
 import resource, sys

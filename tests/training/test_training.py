@@ -24,17 +24,6 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.tokens(x) + self.positions)[:, 0])
 
 
-class Recurrent(nn.Module):
-    def __init__(self, width=32, hidden=16):
-        super().__init__()
-        self.tokens = nn.Embedding(TOKENS, width)
-        self.lstm = nn.LSTM(width, hidden, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(hidden, 64), nn.ReLU(), nn.Linear(64, TOKENS))
-
-    def forward(self, x):
-        return self.head(self.lstm(self.tokens(x))[0][:, -1])
-
-
 def convolutional():
     return nn.Sequential(
         *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -76,7 +65,6 @@ def negative_log_density(flow, x):
 CASES = {
     "transformer": (Transformer, sequences, cross_entropy, -1.13),
     "convolutional net": (convolutional, digits, cross_entropy, -2.30),
-    "LSTM": (Recurrent, sequences, cross_entropy, -1.13),
     "flow": (flow, moons, negative_log_density, -1.91),
 }
 
