@@ -90,7 +90,7 @@ class ContextNoise:
             the dimension of examples; or the rows may be something else, as learned queries.
         """
         if self.batch_size is None:
-            self.batch_size = count
+            return 1
         return None if count % max(self.batch_size, 1) else count // max(self.batch_size, 1)
 
     def rows_of_examples(self, like: Tensor, example: int | None) -> int | None:

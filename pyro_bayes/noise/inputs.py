@@ -28,9 +28,9 @@ def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
 
 
 def batch_size(inputs: Inputs, batch_dim: int) -> int | None:
-    """Returns how many examples the first tensor among the inputs has."""
-    sizes = (t.shape[batch_dim] for t in tensors_in(inputs) if t.dim() > batch_dim)
-    return next(sizes, None)
+    """Returns how many examples the first tensor among the inputs has, that has several if any."""
+    sizes = [t.shape[batch_dim] for t in tensors_in(inputs) if t.dim() > batch_dim]
+    return next((size for size in sizes if size > 1), sizes[0] if sizes else None)
 
 
 def copied(inputs: Inputs, changed: Mapping[int, Tensor] | None = None) -> Inputs:

@@ -39,7 +39,7 @@ class WatchedNoise(ContextNoise):
         self, source: tuple[str, ...], parameters: Sequence[str], inputs: Sequence[Tensor]
     ) -> None:
         self.parameters[source] = parameters
-        if self.chosen is None:
+        if self.chosen is None and not self.is_transformed():
             call = tuple(x.detach().clone() for x in inputs)
             self.inputs.setdefault(source, []).append(call)
 

@@ -12,6 +12,7 @@ from pyro_bayes.base.checks import check_count
 from pyro_bayes.base.state import undisturbed
 from pyro_bayes.base.torch_private import tree_leaves
 from pyro_bayes.noise.context import context_noise
+from pyro_bayes.noise.examples import Examples
 from pyro_bayes.posterior.summary import Summary, summarize
 from pyro_bayes.prediction.comparison import ESTIMATORS, Comparison, compare
 from pyro_bayes.prediction.module import PredictingModule
@@ -55,9 +56,9 @@ class InspectedModule(PredictingModule):
         """
         uses, note = None, None
         if args:
-            noise = context_noise(local_trick, batch_dim, check_examples=False)
-            uses = noise.uses = {}
             function, inputs = (args[0], ()) if callable(args[0]) else (_call, args)
+            noise = context_noise(local_trick, batch_dim)
+            uses = noise.uses = {}
             with torch.enable_grad(), self.lock(), undisturbed(self._base):
                 note = self.look_at_examples(
                     function, *inputs, local_trick=local_trick, batch_dim=batch_dim
@@ -130,13 +131,18 @@ class InspectedModule(PredictingModule):
             return [torch.stack(values) for values in zip(*contexts, strict=True)]
 
         with torch.no_grad(), self.lock(), undisturbed(self._base):
-            options = {"batch_dim": batch_dim, **kwargs}
-            found = {
-                name: self.look_at_examples(call, *args, local_trick=kind, **options)
-                for name, kind in ESTIMATORS.items()
-            }
-            remarks = {name: note for name, note in found.items() if note is not None}
-            return compare(sample, [*means], int(num_contexts), remarks)
+            known, self._examples = self._examples, Examples()  # of this function, not of others
+            try:
+                found = {
+                    name: self.look_at_examples(
+                        call, *args, local_trick=kind, batch_dim=batch_dim, **kwargs
+                    )
+                    for name, kind in ESTIMATORS.items()
+                }
+                remarks = {name: note for name, note in found.items() if note is not None}
+                return compare(sample, [*means], int(num_contexts), remarks)
+            finally:
+                self._examples = known
 
 
 def _call(base: nn.Module, *args: Any, **kwargs: Any) -> Any:

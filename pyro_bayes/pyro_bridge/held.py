@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_bayes.base import ownership
 from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
+from pyro_bayes.noise.inputs import batch_size
 from pyro_bayes.noise.tensors import as_dtypes, held_values
 from pyro_bayes.priors.variance import PriorVariances
 from pyro_bayes.pyro_bridge.module import PosteriorModule
@@ -140,12 +141,15 @@ class HeldModule(PosteriorModule):
         noise = context_noise(local_trick, batch_dim)
         if noise.estimator == "weights":
             return None
-        if not self._examples.is_known(self._base, noise):
-            with self.lock(), preserve_random_state():
-                values, _ = self.values(noise)
-                hold, inputs = self._hold_unseen, (args, kwargs)
-                self._examples.look(self._base, values, noise, hold, inputs, function)
-        return self._examples.warning(self._base, noise)
+        inputs = args, kwargs
+        noise.batch_size = batch_size(inputs, batch_dim)
+        known = self._examples.verdict(self._base, noise, inputs)
+        if known is not None:
+            return known.warning
+        with self.lock(), preserve_random_state():
+            values, _ = self.values(noise)
+            hold = self._hold_unseen
+            return self._examples.look(self._base, values, noise, hold, inputs, function)
 
     def values(
         self, noise: ContextNoise, variances: PriorVariances | None = None
