@@ -85,8 +85,15 @@ class Buffers:
                 place.clear()
                 place.update(buffers)
         for buffer, alias, value in self._values:
-            buffer.data = alias
-            buffer.copy_(value)
+            # A graph may hold what has not changed.
+            if buffer.data_ptr() != alias.data_ptr() or not _is_equal(buffer, value):
+                buffer.data = alias
+                buffer.copy_(value)
+
+
+def _is_equal(buffer: Tensor, value: Tensor) -> bool:
+    same = buffer.shape == value.shape and buffer.dtype == value.dtype
+    return same and buffer.stride() == value.stride() and torch.equal(buffer, value)
 
 
 def _is_expanded(buffer: Tensor) -> bool:

@@ -34,7 +34,7 @@ def _embedding(
         return NotImplemented
     options = (padding_idx, None, norm_type, scale_grad_by_freq)
     mean = F.embedding(input, mean_of(weight), *options)
-    example = example_dim((weight,), input.dim())
+    example = example_dim((weight,), input, input.dim())
 
     def perturbation(count: int | None) -> Tensor:
         product = F.embedding(input, perturbation_of(weight), *options)

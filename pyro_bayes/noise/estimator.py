@@ -214,17 +214,24 @@ def spread(
     )
 
 
-def example_dim(sources: Sequence[Any], leading: int) -> int | None:
+def example_dim(sources: Sequence[Any], like: Any, leading: int) -> int | None:
     """Returns which of a tensor's leading dimensions counts examples, if it has any.
 
     Arguments:
         sources: The operator's arguments that may be Gaussian tensors.
-        leading: The number of dimensions to the left of the features.
+        like: The tensor.
+        leading: The number of its dimensions to the left of the features.
     """
     gaussians = gaussians_in(sources)
     if leading < 1 or not gaussians:
         return None
-    return min(gaussians[0].noise.batch_dim, leading - 1)
+    noise = gaussians[0].noise
+    dim, size = min(noise.batch_dim, leading - 1), noise.batch_size
+    if size is None or size == 1 or like.shape[dim] == size:
+        return dim
+    # Other dimensions may come first, as those of a flow's samples.
+    alike = [d for d in range(leading) if like.shape[d] == size]
+    return alike[0] if len(alike) == 1 else dim
 
 
 def aligned(value: Any) -> dict[int, int]:

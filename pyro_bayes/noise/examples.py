@@ -119,16 +119,18 @@ class Examples:
         key = self._key(base, noise, inputs)
         verdict = self._verdicts.get(key)
         if verdict is None and noise.check_examples:
-            verdict = self._ask(key, Trial(base, values, noise, hold, inputs, function))
+            verdict = self._ask(
+                key, function is None, Trial(base, values, noise, hold, inputs, function)
+            )
         if verdict is None:
             return None
         noise.shared = verdict.shared
         noise.pinned |= verdict.drawn
         return verdict.warning
 
-    def _ask(self, key: tuple[object, ...], trial: Trial) -> Verdict | None:
+    def _ask(self, key: tuple[object, ...], own: bool, trial: Trial) -> Verdict | None:
         # Within a transform, inputs cannot be changed.
-        if not trial.size or self._failures[key] > _FAILURES or is_transformed():
+        if not trial.size or self._failures[key, own] > _FAILURES or is_transformed():
             return None
         try:
             self._busy = True
@@ -136,7 +138,9 @@ class Examples:
         finally:
             self._busy = False
         if verdict is None:
-            self._failures[key] += 1
+            self._failures[key, own] += _FAILURES + 1 if trial.is_lazy else 1
+            if trial.reason is not None and self._failures[key, own] == 1:
+                warnings.warn(trial.reason, stacklevel=5)
             return None
         self._verdicts[key] = verdict
         if verdict.warning is not None:

@@ -23,8 +23,11 @@ def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
     elif depth and isinstance(value, list | tuple | set):
         for item in value:
             yield from tensors_in(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
-        yield from tensors_in(vars(value), depth - 1)
+    elif depth and not isinstance(value, type | nn.Module):
+        yield from tensors_in(getattr(value, "__dict__", ()), depth - 1)
+        slots = getattr(type(value), "__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield from tensors_in(getattr(value, name, None), depth - 1)
 
 
 def batch_size(inputs: Inputs, batch_dim: int) -> int | None:

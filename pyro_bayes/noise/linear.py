@@ -31,7 +31,7 @@ _LINEAR = LinearOperator("linear", F.linear, {1: (0, -1)}, {0: -1}, gradients=_g
 
 @rule(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    return linear(input, weight, bias, example_dim((weight, bias), input.dim() - 1))
+    return linear(input, weight, bias, example_dim((weight, bias), input, input.dim() - 1))
 
 
 def linear(input: Any, weight: Any, bias: Any, example: int | None) -> Any:
@@ -46,7 +46,7 @@ _BILINEAR = LinearOperator("bilinear", F.bilinear, {1: (0, -1), 2: (1, -1)}, {0:
 
 @rule(F.bilinear)
 def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
-    example = example_dim((weight, bias), input1.dim() - 1)
+    example = example_dim((weight, bias), input1, input1.dim() - 1)
     return draw_linear(_BILINEAR, (input1, input2), weight, bias, example=example)
 
 
@@ -63,7 +63,7 @@ def _matmul(input: Any, other: Any = None, *, mat2: Any = None, out: Any = None)
     if other.dim() == 1:
         example, into, out = None, -1, {d: v + 1 for d, v in out.items()}
     else:
-        example = example_dim((input,), other.dim() - max(input.dim(), 2))
+        example = example_dim((input,), other, other.dim() - max(input.dim(), 2))
         into = -2
     product = LinearOperator(
         "matmul", lambda x, w, _: torch.matmul(w, x), {input.dim() - 1: (0, into)}, out
@@ -118,7 +118,7 @@ def _times_matrix(
     contracted = max(last - 1, 0)
     out = {d: d - weight.dim() + (last == 0) for d in range(last + 1) if d != contracted}
     product = LinearOperator(operator, apply, {contracted: (0, -1)}, out)
-    example = example_dim((weight, bias), leading)
+    example = example_dim((weight, bias), input, leading)
     return draw_linear(product, (input,), weight, bias, example=example)
 
 

@@ -76,7 +76,7 @@ def _scaled(
     """Scales and shifts what was normalised."""
     weight, bias = (v if v is None else v.view(*v.shape, *[1] * trailing) for v in (weight, bias))
     scaling = LinearOperator(operator, _multiply_add, {}, aligned(weight))
-    example = example_dim((weight, bias), leading)
+    example = example_dim((weight, bias), normed, leading)
     return draw_linear(scaling, (normed,), weight, bias, example=example)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyro_bayes.base.state import undisturbed
 from pyro_bayes.base.torch_private import tree_leaves
@@ -66,16 +66,35 @@ class Trial:
             name: _wide(value, self._noise) if isinstance(value, GaussianTensor) else value
             for name, value in values.items()
         }
+        self._opened = {
+            name: value.detach() + _SCALE
+            for name, value in base.named_parameters()
+            if name not in values and value.requires_grad and _is_gate(value)
+        }
         self.size = batch_size(inputs, noise.batch_dim) or 0
 
     def verdict(self) -> Verdict | None:
         """Returns what the calls tell, `None` if it cannot be told."""
+        try:
+            copied(self._inputs)
+        except Exception as error:
+            self.reason = (
+                "Expected inputs that can be copied, to see whether examples meet; got"
+                f" {type(error).__name__}: {error}. Local noise and flipout take them to be"
+                " independent: see bnn.check(), or use local_trick=False."
+            )
+            return None
         try:
             before = self._changed_inputs()
             first = self._run()
             return None if first is None else self._verdict(before, first)
         except Exception:  # the call that comes has it again, if it is the network's
             return None
+
+    is_lazy = False
+    """Whether the network returns what is computed later."""
+    reason: str | None = None
+    """Why it cannot be told, if that is not the network's error."""
 
     def _verdict(self, before: Calls, first: list[Tensor]) -> Verdict:
         noise = self._noise
@@ -146,11 +165,18 @@ class Trial:
         args, kwargs = copied(self._inputs) if inputs is None else inputs
         self._noise.begin(self.size)
         self._noise.pinned |= self._drawn
-        with undisturbed(self._base), _kept(self._base), self._hold(self._values) as base:
+        with (
+            undisturbed(self._base),
+            _kept(self._base),
+            self._hold(self._values | self._opened) as base,
+        ):
             output = self._call(base, *args, **kwargs)
-        if any(isinstance(leaf, Distribution) for leaf in tree_leaves(output)):
-            return None  # which may compute with the network when asked
-        found = [t.detach() for t in tensors_in(output) if t.is_floating_point() and t.dim()]
+        if any(isinstance(leaf, Distribution) and _is_lazy(leaf) for leaf in tree_leaves(output)):
+            self.is_lazy = True  # it computes with the network when asked
+            return None
+        found = [t.detach() for t in tensors_in(output) if t.is_floating_point()]
+        # A loss beside outputs is what they are.
+        found = [t for t in found if t.dim()] or found
         return [t.nan_to_num() for t in found] or None
 
     def _meet(self, first: Sequence[Tensor]) -> bool:
@@ -170,14 +196,16 @@ class Trial:
         for i, (a, b) in enumerate(zip(first, second, strict=False)):
             if a.shape != b.shape or a.numel() == 0:
                 continue
-            change = self._by_example((b - a).abs(), is_first=i == 0)
+            change = self._by_example((b - a).abs(), is_first=i == 0) if a.dim() else None
             if change is None:
                 if (a != b).any():  # whatever it is, it is not one output for each example
                     return True
                 continue
             # Each feature has a unit of its own.
             own, others = change[chosen].amax(0), change[~chosen].amax(0)
-            if (others > _RATIO * own + _ROUNDING * a.abs().max()).any():
+            scale = self._by_example(a.abs(), is_first=i == 0)
+            rounding = 0.0 if scale is None else _ROUNDING * scale.amax(0)
+            if (others > _RATIO * own + rounding).any():
                 return True
         return False
 
@@ -223,6 +251,8 @@ class Trial:
         )
 
 
+_SMALL = 2**16
+"""The size up to which deterministic parameters are looked at."""
 _ROUNDS = 3
 """How often to look for parameters that others hid."""
 _NAMED = 50
@@ -257,6 +287,18 @@ def _is_shared(keys: Mapping[str, int]) -> bool:
     parts = {key.rpartition("[")[0] for key in keys if key.endswith("]")}
     disjoint = len(parts) == 1 and all(key.endswith("]") for key in keys)
     return not disjoint or max(keys.values()) > 1 or "getitem" in next(iter(parts))
+
+
+def _is_gate(value: Tensor) -> bool:
+    """Tells whether a deterministic parameter is all zeros, which would hide what it multiplies."""
+    return value.is_floating_point() and 0 < value.numel() <= _SMALL and not value.any()
+
+
+def _is_lazy(distribution: Distribution) -> bool:
+    """Tells whether a distribution may compute with the network when asked, as a flow does."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return not distribution.arg_constraints
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_bayes.base import ownership
 from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
-from pyro_bayes.noise.inputs import batch_size
+from pyro_bayes.noise.inputs import Inputs, batch_size
 from pyro_bayes.noise.tensors import as_dtypes, held_values
 from pyro_bayes.priors.variance import PriorVariances
 from pyro_bayes.pyro_bridge.module import PosteriorModule
@@ -150,6 +150,10 @@ class HeldModule(PosteriorModule):
             values, _ = self.values(noise)
             hold = self._hold_unseen
             return self._examples.look(self._base, values, noise, hold, inputs, function)
+
+    def _look(self, values: Mapping[str, Tensor], noise: ContextNoise, inputs: Inputs) -> None:
+        """Looks whether the examples of inputs meet, with values in the base."""
+        self._examples.look(self._base, values, noise, self._hold_unseen, inputs)
 
     def values(
         self, noise: ContextNoise, variances: PriorVariances | None = None

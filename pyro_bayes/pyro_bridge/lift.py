@@ -72,7 +72,7 @@ class LiftedModule(HeldModule):
             if batched:
                 yield Particles(
                     self._base, self.hold, values, batched, messenger.depth or 0, event_dim,
-                    sites=self._guide.sites, filters=messenger.filters,
+                    sites=self._guide.sites, filters=messenger.filters, look=self._look,
                 )  # fmt: skip
             else:
                 kept = (v.noise for v in values.values() if isinstance(v, GaussianTensor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from pyro_bayes.base.checks import is_number
 from pyro_bayes.base.torch_private import open_traces, tree_leaves, tree_map, tree_map_only
-from pyro_bayes.noise.context import ParticleNoise
+from pyro_bayes.noise.context import ContextNoise, ParticleNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
+from pyro_bayes.noise.inputs import Inputs
 from pyro_bayes.pyro_bridge.prior import Prior
 
 _FILTER = "particles"
@@ -103,6 +104,10 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(type(a) is type(b) and a == b) or (is_number(a) and is_number(b) and a == b)
 
 
+Look: TypeAlias = Callable[[Mapping[str, Tensor], ContextNoise, Inputs], object]
+"""Looks whether the examples of inputs meet, with values in the place of parameters."""
+
+
 class Particles:
     """A module with several draws of its parameters, all evaluated by one call.
 
@@ -128,7 +133,9 @@ class Particles:
         *,
         sites: Iterable[str] = (),
         filters: bool = False,
+        look: Look | None = None,
     ) -> None:
+        self._look = look
         self._module, self._hold = module, hold
         self._gaussians = {n: d for n, d in draws.items() if isinstance(d, GaussianTensor)}
         self._draws = {n: d for n, d in draws.items() if n not in self._gaussians}
@@ -152,6 +159,15 @@ class Particles:
             RuntimeError: If the module cannot be batched over draws.
         """
         self._check([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+        if self._look is not None and self._gaussians:
+            # Whether examples meet is the same for all particles.
+            first = {n: d[0] if self._in_dims[n] == 0 else d for n, d in self._draws.items()}
+            noise = next(iter(self._gaussians.values())).noise
+            own = {
+                name: GaussianTensor.of(*value.posterior, name, noise)
+                for name, value in self._gaussians.items()
+            }
+            self._look(first | own, noise, (args, kwargs))
 
         def call(index: Tensor, draws: dict[str, Tensor]) -> Any:
             gaussians = {

@@ -242,7 +242,9 @@ def test_parts_of_a_parameter_have_noise_of_their_own():
         "masks": lambda x, w: (F.linear(x, w * mask), F.linear(x, w * (1 - mask))),
     }
     for function in parts.values():
-        with weights(function, (2, 2)).reparameterize(local_trick=True) as model:
+        # Which parts are disjoint is not known, so that a look would make them one draw.
+        bnn = weights(function, (2, 2))
+        with bnn.reparameterize(local_trick=True, check_examples=False) as model:
             first, second = model(torch.ones(500, 2))
             again = model(torch.ones(500, 2))
         assert torch.equal(again[0], first)
