@@ -86,14 +86,17 @@ class Buffers:
                 place.update(buffers)
         for buffer, alias, value in self._values:
             # A graph may hold what has not changed.
-            if buffer.data_ptr() != alias.data_ptr() or not _is_equal(buffer, value):
+            if not _is_as_before(buffer, alias, value):
                 buffer.data = alias
                 buffer.copy_(value)
 
 
-def _is_equal(buffer: Tensor, value: Tensor) -> bool:
-    same = buffer.shape == value.shape and buffer.dtype == value.dtype
-    return same and buffer.stride() == value.stride() and torch.equal(buffer, value)
+def _is_as_before(buffer: Tensor, alias: Tensor, value: Tensor) -> bool:
+    if buffer.layout is not torch.strided or not buffer.is_cpu:  # others would be waited for
+        return False
+    kinds = [(t.shape, t.dtype, t.stride(), t.device) for t in (buffer, alias)]
+    same = kinds[0] == kinds[1] and buffer.data_ptr() == alias.data_ptr()
+    return same and buffer.requires_grad == alias.requires_grad and torch.equal(buffer, value)
 
 
 def _is_expanded(buffer: Tensor) -> bool:
