@@ -2,9 +2,11 @@
 
 import warnings
 
+import pyro
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from rule_cases import Weighted
 from torch import nn
 
@@ -47,6 +49,19 @@ def over_identity(net, x):  # as DoRA
 
 
 SHARED = {
+    "on constants too": (
+        Net(lambda n, x: F.linear(x, n.w) - ones(4, 4) @ n.w.T, w=torch.randn(3, 4)),
+        torch.randn(4, 4),
+    ),
+    "masked too": (
+        Net(lambda n, x: F.linear(x, 2 * n.w) - F.linear(x, n.w), w=torch.randn(3, 4)),
+        torch.randn(3, 4),
+    ),
+    "transposed too": (
+        Net(lambda n, x: x @ n.w + x @ n.w.T, w=torch.randn(4, 4)),
+        torch.ones(3, 4),
+    ),
+    "one example": (Net(lambda n, x: n.layer(x) + n.layer(-x), layer=nn.Linear(4, 3)), ones(1, 4)),
     "called twice": (
         Net(lambda n, x: n.layer(x) + n.layer(x.roll(1, 0)), layer=nn.Linear(4, 3)),
         torch.randn(20, 4),
@@ -62,6 +77,25 @@ SHARED = {
 }
 TABLE = torch.tensor([[0, 1, 0], [1, 0, 1], [2, 2, 2]])
 MEETING = {
+    "other units": (
+        Net(
+            lambda n, x: torch.cat([(h := n.layer(x)) * 1e6, h.mean(0).expand_as(h)], 1),
+            layer=nn.Linear(4, 1),
+        ),
+        ones(6, 4),
+    ),
+    "pooled beside": (
+        Net(lambda n, x: ((h := n.layer(x)), h.mean(0)), layer=nn.Linear(4, 3)),
+        ones(6, 4),
+    ),
+    "closed gate": (
+        Net(
+            lambda n, x: (h := n.layer(x)) + n.gate * h.mean(0),
+            layer=nn.Linear(4, 3),
+            gate=torch.zeros(()),
+        ),
+        ones(6, 4),
+    ),
     "graph": (Net(lambda n, x: ones(6, 6) / 6 @ n.layer(x), layer=nn.Linear(4, 3)), ones(6, 4)),
     "batch norm": (
         nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
@@ -126,7 +160,13 @@ def model(net, init_logvar=-3.0):
 def check(net, x, estimators=("local noise", "flipout")):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = model(net, -4.0).check(x, num_contexts=CONTEXTS)
+        bnn = BayesianModel(
+            net, init_logvar=-4.0, exclude_params=["gate"] if hasattr(net, "gate") else []
+        )
+        if hasattr(net, "gate"):
+            bnn.check(x, num_contexts=100)
+            net.gate.data.fill_(2.0)
+        found = bnn.check(x, num_contexts=CONTEXTS)
     for row in found.rows:
         if row.estimator in estimators:
             assert row.agrees, found
@@ -156,6 +196,54 @@ def test_parameters_that_are_inputs_have_the_variance_of_draws(net):
 @pytest.mark.parametrize(("net", "x"), FOLDED.values(), ids=FOLDED)
 def test_rows_that_are_no_examples_have_the_variance_of_draws(net, x):
     check(net, x, estimators=["flipout"])
+
+
+def test_what_is_known_holds_for_modes_and_arguments():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.other = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(4, 3)
+
+        def forward(self, x, fail=False):
+            if fail:
+                raise ValueError("first")
+            torch.vmap(lambda row: self.other(row))(x)
+            self.seen = x
+            return self.norm(self.layer(x))
+
+    bnn, x = model(Fails()), torch.randn(6, 4)
+    bnn.check(x, num_contexts=100, function=lambda net, x: net.layer(x))
+    with bnn.reparameterize(True) as base, pytest.raises(ValueError, match="first"):
+        base(x, fail=True)
+    bnn.eval()
+    with bnn.reparameterize(True) as base:
+        base(x)
+    bnn.base.norm.train()
+    with bnn.reparameterize(True) as base, pytest.warns(UserWarning, match="'layer.weight'"):
+        base(x)
+    assert bnn.base.seen is x
+
+
+@pytest.mark.parametrize("local_trick", EACH)
+def test_particles_look_at_examples_too(local_trick):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    pooled = Net(lambda n, x: n.net(x).mean(0) + 0 * n.net(x), net=net)
+    bnn, x = model(pooled, -1.0), ones(6, 4)
+
+    def run():
+        with bnn.lift() as lifted:
+            pyro.deterministic("f", lifted(x))
+
+    def spread(guide):
+        with pyro.plate("num_particles_vectorized", 300, dim=-2):
+            trace = poutine.trace(guide).get_trace()
+            values = poutine.trace(poutine.replay(run, trace)).get_trace().nodes["f"]["value"]
+        return values.detach().flatten(1, -2).var(0).mean()
+
+    exact = spread(bnn.exact_kl())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert spread(bnn.exact_kl(local_trick)) == pytest.approx(float(exact), rel=0.3)
 
 
 @pytest.mark.parametrize("local_trick", EACH)
