@@ -354,6 +354,9 @@ def test_cache_is_empty_from_every_side(look, kind):
         with pytest.warns(UserWarning, match="'kept' to be a cache of what is computed"):
             assert bnn.predict(X, 8).variance.mean() > 0.01
         bnn.predict(X, 2)  # says it once
+        sampled = bnn.sample_model()
+        torch.testing.assert_close(sampled(X), X * sampled.w.exp())
+        assert former or type(sampled.kept) is type(kind())
         kept = bnn.base.kept
         assert type(kept) is type(kind())
         assert kept.keys() == former.keys()

@@ -161,6 +161,8 @@ class Refilled(dict[Any, Any]):
         return other.__class__(other) | self.copy()
 
     def __reduce__(self) -> Any:
+        if not self.held:
+            return self.copy().__reduce_ex__(4)
         factory = getattr(self, "default_factory", None)
         # Copies may be made of leaves only.
         held = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.held.items()}
