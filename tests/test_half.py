@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import pickle
+import sys
+import threading
 
 import pyro
 import pytest
@@ -364,3 +366,56 @@ def test_a_later_model_starts_at_the_means():
     mean = first.means.get_parameter("0.weight")
     with first.mean() as held:
         assert torch.equal(held[0].weight, mean.bfloat16())
+
+
+def test_attributes_of_the_base_are_those_of_the_means():
+    bnn = make(torch.bfloat16)
+    with torch.no_grad():
+        bnn.guide.mean.fill_(7.0)
+    assert getattr(bnn, "0").weight.eq(7).all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_is_deterministic_keeps_its_dtype_when_it_is_loaded(assign):
+    def model(dtype):
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)).to(dtype)
+        net[1].requires_grad_(False)
+        return BayesianModel(net)
+
+    for source, target in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]:
+        former, later = model(source), model(target)
+        later.load_state_dict(former.state_dict(), assign=assign)
+        floats = [v for v in later.base.state_dict().values() if v.is_floating_point()]
+        assert {v.dtype for v in floats} == {target}
+        assert torch.equal(later.base[1].weight, former.base[1].weight.to(target))
+        assert not later.base[1].weight.requires_grad
+        with later.reparameterize() as net:
+            net(torch.randn(4, 3, dtype=target))
+
+
+def test_looks_at_the_base_from_other_threads_undo_no_step():
+    bnn = BayesianModel(nn.Linear(50, 50).bfloat16())
+    with torch.no_grad():
+        bnn.guide.mean.zero_()
+    done = threading.Event()
+
+    def look():
+        while not done.is_set():
+            bnn.base.weight.shape  # noqa: B018
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            with torch.no_grad():
+                bnn.guide.mean.add_(1.0)
+            bnn.base.weight.shape  # noqa: B018
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    assert torch.equal(bnn.guide.mean, torch.full_like(bnn.guide.mean, 100.0))

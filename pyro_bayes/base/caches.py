@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from pyro_bayes.base.torch_private import tree_leaves
 
 _OWN = frozenset(vars(nn.Module()))
+_NONE: Any = object()
+_CAUGHT = frozenset({"KeyError", "LookupError", "Exception", "BaseException"})
 
 
 def dictionaries(module: nn.Module) -> list[str]:
@@ -22,7 +26,7 @@ def dictionaries(module: nn.Module) -> list[str]:
     """
     if type(module).__module__.startswith("torch."):
         return []
-    return [k for k, value in vars(module).items() if type(value) is dict and k not in _OWN]
+    return [key for key, value in vars(module).items() if _may_be(value) and key not in _OWN]
 
 
 def as_empty(attribute: str, present: Any) -> Refilled | None:
@@ -32,120 +36,287 @@ def as_empty(attribute: str, present: Any) -> Refilled | None:
         attribute: The name of the module and of its attribute, for messages.
         present: What the attribute is.
     """
-    if not isinstance(present, dict) or not (
-        isinstance(present, Refilled) or not present or any(map(_is_computed, present.values()))
-    ):
+    if not _may_be(present):
         return None
-    return Refilled(attribute, present)
+    own = [(key, value) for key, value in dict.items(present) if not _is_computed(value)]
+    held = dict(present.held) if isinstance(present, Refilled) else {}
+    held.update((key, value) for key, value in dict.items(present) if _is_computed(value))
+    return _make(_kind(present), getattr(present, "default_factory", None), attribute, held, own)
 
 
 class Refilled(dict[Any, Any]):
     """A dictionary without the tensors that were in it, so that a cache computes them again.
 
-    A module that asks for a key before it sets it has a cache. What it computes is dropped when the
-    context closes. What is set unasked is the module's own state, and stays. A tensor from before
-    can still be read by its key, and iterated over, as constants are.
+    A module that looks for a key before it sets it has a cache. What it computes is dropped when
+    the context closes. What is set without a look is the module's own state, and stays. A module
+    that needs the value of a key without being ready to miss it gets that from before, and a
+    warning.
 
-    Arguments:
+    Attributes:
         attribute: The name of the module and of its attribute, for messages.
-        before: The dictionary.
+        held: The tensors that were in it.
     """
 
-    def __init__(self, attribute: str, before: dict[Any, Any]) -> None:
-        super().__init__({k: v for k, v in before.items() if not _is_computed(v)})
-        self._attribute, self._before = attribute, before
+    attribute: str
+    held: dict[Any, Any]
+
+    def note(self, attribute: str, held: dict[Any, Any]) -> None:
+        """Begins to note what is looked for.
+
+        Arguments:
+            attribute: The name of the module and of its attribute, for messages.
+            held: The tensors that were in it.
+        """
+        self.attribute, self.held = attribute, held
         self._asked: set[Any] = set()
+        self._filled: set[Any] = set()
+        self._removed: set[Any] = set()
+        self._counted = self._read = False
+
+    # Looks at one key
 
     def __contains__(self, key: object) -> bool:
-        found = super().__contains__(key)
+        found = dict.__contains__(self, key)
         if not found:
             self._asked.add(key)
         return found
 
+    def __missing__(self, key: Any) -> Any:
+        caller = getattr(inspect.currentframe(), "f_back", None)
+        caught = caller is None or not _CAUGHT.isdisjoint(caller.f_code.co_names)
+        if key in self.held and not caught:
+            return self._former(key)
+        self._asked.add(key)
+        raise KeyError(key)
+
+    def _former(self, key: Any) -> Any:
+        value = self.held[key]
+        warnings.warn(
+            f"Expected '{self.attribute}' to be a cache, since it held tensors; got a module that"
+            f" needs its key {key!r}, and so the value from before the context. If that was"
+            " computed of weights, outputs have too small a variance: compute it in each call."
+            " Keep constants in buffers.",
+            stacklevel=3,
+        )
+        return value
+
     def get(self, key: Any, default: Any = None) -> Any:
         """Returns the value of a key that has been set since, or the default."""
-        return super().__getitem__(key) if key in self else default
+        return dict.get(self, key) if key in self else default
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         """Sets a key unless it has been set since, and returns its value."""
         if key not in self:
             self[key] = default
-        return super().__getitem__(key)
+        return dict.get(self, key)
 
-    def __missing__(self, key: Any) -> Any:
-        try:
-            return self._before[key]
-        except KeyError:
-            self._asked.add(key)
-            raise
-
-    def _all(self) -> dict[Any, Any]:
-        return {**self._before, **self._own()}
-
-    def _own(self) -> dict[Any, Any]:
-        return dict(zip(super().keys(), super().values(), strict=True))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._all())
+    # Looks at all
 
     def __len__(self) -> int:
-        return len(self._all())
+        self._counted = True
+        return dict.__len__(self)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._read = True
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[Any]:
+        self._read = True
+        return super().__reversed__()
 
     def keys(self) -> Any:
         """Returns all keys."""
-        return self._all().keys()
+        self._counted = True
+        return super().keys()
 
     def values(self) -> Any:
         """Returns all values."""
-        return self._all().values()
+        self._read = True
+        return super().values()
 
     def items(self) -> Any:
         """Returns all pairs."""
-        return self._all().items()
+        self._read = True
+        return super().items()
+
+    def copy(self) -> Any:
+        """Returns a plain copy."""
+        self._counted = True
+        kind = OrderedDict if isinstance(self, OrderedDict) else dict
+        return kind(dict(zip(dict.keys(self), dict.values(self), strict=True)))
+
+    def __eq__(self, other: object) -> bool:
+        self._counted = True
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def __or__(self, other: Any) -> Any:
+        new = self.copy()
+        new.update(other)
+        return new
+
+    def __ror__(self, other: Any) -> Any:
+        self._counted = True
+        return other.__class__(other) | self.copy()
 
     def __reduce__(self) -> Any:
-        return Refilled, (self._attribute, self._all())
+        if not self.held:
+            return self.copy().__reduce_ex__(4)
+        factory = getattr(self, "default_factory", None)
+        # Copies may be made of leaves only.
+        held = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.held.items()}
+        return _make, (_kind(self), factory, self.attribute, held, [*dict.items(self)])
 
-    def give_back(self, attributes: dict[str, Any], key: str) -> str | None:
-        """Puts the dictionary into its place again.
+    # Changes
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._counted or self._read or key in self._asked:
+            self._filled.add(key)
+        super().__setitem__(key, value)
+
+    def update(self, *others: Any, **more: Any) -> None:
+        """Sets several keys."""
+        for key, value in dict(*others, **more).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+    def __delitem__(self, key: Any) -> None:
+        if dict.__contains__(self, key):
+            super().__delitem__(key)
+        elif key not in self.held or key in self._removed:
+            raise KeyError(key)
+        self._removed.add(key)
+
+    def pop(self, key: Any, default: Any = _NONE) -> Any:
+        """Removes a key, and returns its value if it has been set since, or the default."""
+        if key not in self:
+            if default is _NONE:
+                raise KeyError(key)
+            return default
+        value = dict.__getitem__(self, key)
+        del self[key]
+        return value
+
+    def popitem(self, *args: Any, **options: Any) -> tuple[Any, Any]:
+        """Removes a pair that has been set since, and returns it."""
+        self._counted = True
+        key, value = super().popitem(*args, **options)
+        self._removed.add(key)
+        return key, value
+
+    def clear(self) -> None:
+        """Removes all."""
+        self._removed.update(self.held, dict.keys(self))
+        super().clear()
+
+    # The end
+
+    def give_back(
+        self, attributes: dict[str, Any], key: str, before: dict[Any, Any], known: set[str]
+    ) -> list[str]:
+        """Puts the dictionary that stood there into its place again.
 
         Arguments:
             attributes: The attributes of the module.
             key: The name of the attribute.
+            before: The dictionary.
+            known: The names of the dictionaries that are known to be caches, or were warned of.
 
         Returns:
-            What to warn of, if a module missed what was in it.
+            What to warn of, if a module missed what was in it or may miss what was dropped.
         """
-        present, before = attributes.get(key), self._before
+        present = attributes.get(key)
         if present is not self:
-            if isinstance(present, dict) and _keeps_draws(present):
-                attributes[key] = before
-            return None
-        own = self._own()
+            if not isinstance(present, dict) or not _keeps_draws(present):
+                return []
+            attributes[key] = before
+            return self._doubts([*dict.values(present)], known)
         attributes[key] = before
+        own = dict(zip(dict.keys(self), dict.values(self), strict=True))
+        dropped = {k for k in own if k in self._filled and _is_computed(own[k])}
+        for name in self._removed - own.keys():
+            if dict.__contains__(before, name):
+                del before[name]
         for name, value in own.items():
-            if name not in self._asked or not _is_computed(value):
+            if name not in dropped and dict.get(before, name, _NONE) is not value:
                 before[name] = value
-        known = set(before)
-        missed = [name for name in self._asked if name in known and name not in own]
-        if not missed:
-            return None
-        return (
-            f"Expected '{self._attribute}' to be a cache, since it held tensors and was asked for"
-            f" the keys {missed}; got none for them. In a context it is empty, so that nothing"
-            " computed of other weights is used: keep constants in buffers."
-        )
+        missing = self.held.keys() - own.keys() - self._removed
+        missed = missing & self._asked
+        if self._read or (self._counted and not self._filled):
+            missed = missing
+        messages: list[str] = self._doubts([own[name] for name in dropped], known)
+        if missed:
+            messages.append(
+                f"Expected '{self.attribute}' to be a cache, since it held tensors and was asked"
+                f" for the keys {sorted(missed, key=repr)}; got none for them. In a context it is"
+                " empty, so that nothing computed of other weights is used: keep constants in"
+                " buffers."
+            )
+        return messages
+
+    def _doubts(self, dropped: list[Any], known: set[str]) -> list[str]:
+        """Returns a warning, the first time that values are dropped that may be no weights'."""
+        tensors = [v for v in tree_leaves(dropped) if isinstance(v, Tensor)]
+        if not tensors or self.attribute in known:
+            return []
+        known.add(self.attribute)
+        if all([v.requires_grad for v in tensors]):
+            return []
+        return [
+            f"Expected '{self.attribute}' to be a cache of what is computed of weights, since it"
+            " was looked into before it was filled; got tensors without a gradient, which do not"
+            " tell. It is empty at the beginning of each context, and afterwards as before. If it"
+            " is a state, such as the memory of a recurrent network, keep it in an attribute or a"
+            " buffer."
+        ]
 
 
-def warn(messages: list[str | None]) -> None:
+class _Ordered(Refilled, OrderedDict[Any, Any]):
+    pass
+
+
+class _Default(Refilled, defaultdict[Any, Any]):
+    def __missing__(self, key: Any) -> Any:
+        self._asked.add(key)
+        return defaultdict.__missing__(self, key)
+
+    def copy(self) -> Any:
+        return defaultdict(self.default_factory, super().copy())
+
+
+_TYPES: dict[Any, type[Refilled]] = {dict: Refilled, OrderedDict: _Ordered, defaultdict: _Default}
+
+
+def _make(
+    kind: type, factory: Any, attribute: str, held: dict[Any, Any], own: Iterable[tuple[Any, Any]]
+) -> Refilled:
+    new = _Default(factory) if kind is defaultdict else _TYPES[kind]()
+    new.note(attribute, held)
+    for key, value in own:
+        new[key] = value
+    return new
+
+
+def _may_be(value: Any) -> bool:
+    return type(value) in _TYPES or isinstance(value, Refilled)
+
+
+def _kind(value: Any) -> Any:
+    return next(kind for kind in (OrderedDict, defaultdict, dict) if isinstance(value, kind))
+
+
+def warn(messages: list[str]) -> None:
     """Warns of what modules missed.
 
     Arguments:
         messages: What to warn of, if anything.
     """
     for message in messages:
-        if message is not None:
-            warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=4)
 
 
 def _is_computed(value: Any) -> bool:

@@ -51,6 +51,7 @@ class Swap:
         self._module = module
         self._names = names
         self._layers: list[_Layer] = []
+        self._known: set[str] = set()  # the dictionaries that are caches, or were warned of
         self.prepare()
         _swaps.add(self)
 
@@ -243,7 +244,9 @@ class Swap:
         attributes = [(d, k, d.get(k, _MISSING)) for d, k in places]
         refilled: list[Any] = []
         if self._caches:
-            refilled = [(d, k, caches.as_empty(name, d.get(k))) for d, k, name in self._caches]
+            refilled = [
+                (d, k, caches.as_empty(name, d.get(k)), d.get(k)) for d, k, name in self._caches
+            ]
         computed = parametrization_cache()
         return _Layer(
             None if stay is None else weakref.ref(stay),
@@ -251,7 +254,7 @@ class Swap:
             values,
             attributes,
             [(d, k, [*d.get(k, ())]) for d, k in self._lists] if self._lists else [],
-            [(d, k, cache) for d, k, cache in refilled if cache is not None] if refilled else [],
+            [entry for entry in refilled if entry[2] is not None] if refilled else [],
             None if computed is None else dict(computed),
         )
 
@@ -260,7 +263,7 @@ class Swap:
         for name, value in layer.values.items():
             for container, key in self._places[name]:
                 container[key] = value
-        for attributes, key, cache in layer.caches:
+        for attributes, key, cache, _ in layer.caches:
             attributes[key] = cache
         if layer.computed is not None:
             _set_computed({})
@@ -283,9 +286,9 @@ class Swap:
                 attributes[key] = value
         for attributes, key, items in layer.lists:
             attributes[key][:] = items
-        missed = []
-        if layer.caches:
-            missed = [cache.give_back(attributes, key) for attributes, key, cache in layer.caches]
+        missed: list[str] = []
+        for attributes, key, cache, before in layer.caches:
+            missed += cache.give_back(attributes, key, before, self._known)
         if parametrization_cache() is not None:
             _set_computed(layer.computed or {})
         self._layers.remove(layer)
@@ -309,7 +312,7 @@ class _Layer:
         values: The values by name.
         attributes: What modules had as attributes.
         lists: What was in attributes that are lists.
-        caches: Dictionaries that are empty while the context is open.
+        caches: Dictionaries that are empty while the context is open, and what they stand for.
         computed: The weights that parametrizations had computed, if they keep them.
     """
 
@@ -318,7 +321,7 @@ class _Layer:
     values: Mapping[str, Tensor]
     attributes: list[tuple[dict[str, Any], str, Any]]
     lists: list[tuple[dict[str, Any], str, list[Any]]]
-    caches: list[tuple[dict[str, Any], str, caches.Refilled]]
+    caches: list[tuple[dict[str, Any], str, caches.Refilled, dict[Any, Any]]]
     computed: dict[Any, Any] | None
 
 

@@ -5,7 +5,7 @@ Other files take these from here. `tests/base/test_torch_private.py` says what e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -116,6 +116,15 @@ def is_batched(gradients: Iterable[Tensor | None]) -> bool:
 def parametrization_cache() -> dict[Any, Any] | None:
     """Returns the weights that parametrizations keep in `parametrize.cached()`, if it is open."""
     return parametrize._cache if parametrize._cache_enabled else None
+
+
+def is_assigned(metadata: Mapping[str, Any]) -> bool:
+    """Tells whether `load_state_dict(assign=True)` is at work, by what its hooks are given.
+
+    Arguments:
+        metadata: The metadata of the module that is loaded.
+    """
+    return bool(metadata.get("assign_to_params_buffers", False))
 
 
 def saved_tensors_hooks() -> Any:

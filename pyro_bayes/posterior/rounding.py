@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bayes.base.mutex import Mutex
 from pyro_bayes.base.torch_private import outside_transforms
 from pyro_bayes.posterior.layout import Layout
 from pyro_bayes.posterior.leaves import alias, whole
@@ -78,6 +79,7 @@ class Rounded:
         self._layout, self._mean = layout, mean
         self._values = whole(mean.to(dtype))
         self._shown = self._values.clone()
+        self._mutex = Mutex("the means in half precision")
 
     def parameters(self) -> dict[str, Tensor]:
         """Returns the rounded mean of each parameter by name, each with a storage of its own."""
@@ -89,7 +91,10 @@ class Rounded:
         Arguments:
             mean: The means if they have moved. They keep their digits where nothing was written.
         """
-        mean = self._mean if mean is None else mean
+        with self._mutex.turn():
+            self._take(self._mean if mean is None else mean)
+
+    def _take(self, mean: Tensor) -> None:
         values, shown = _bits(self._values), _bits(self._shown)
         if _is_out_of_sight(values) or torch.equal(values, shown):
             return
@@ -100,10 +105,11 @@ class Rounded:
 
     def show(self) -> None:
         """Lets the base's parameters be the means, after :meth:`take`."""
-        self.take()
-        if not _is_out_of_sight(self._values):
-            self._values.copy_(self._mean)
-            self._shown.copy_(self._values)
+        with self._mutex.turn():
+            self._take(self._mean)
+            if not _is_out_of_sight(self._values):
+                self._values.copy_(self._mean)
+                self._shown.copy_(self._values)
 
 
 class Rounding:

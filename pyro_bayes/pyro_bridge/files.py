@@ -5,6 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor, nn
+
+from pyro_bayes.posterior.rounding import is_low
+
 
 def check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Says so if a state dict is that of an objective, or lacks what a likelihood learned.
@@ -34,3 +38,25 @@ def check_whole(state: dict[str, Any], prefix: str, metadata: dict[str, Any]) ->
             " objective.state_dict(), or the likelihood as well, likelihood.state_dict().",
             stacklevel=7,
         )
+
+
+def keep_half(state: dict[str, Any], prefix: str, base: nn.Module) -> None:
+    """Converts what would bring half precision into a base, or out of it, where it is assigned.
+
+    The posterior is in single precision beside it, so that a file does not tell the base's dtypes.
+
+    Arguments:
+        state: The state dict.
+        prefix: What stands in front of the base's names.
+        base: The base.
+    """
+    for name, present in (*base.named_parameters(remove_duplicate=False), *base.named_buffers()):
+        value = state.get(prefix + name)
+        if not isinstance(value, Tensor) or value.dtype == present.dtype:
+            continue
+        floating = value.is_floating_point() and present.is_floating_point()
+        if floating and (is_low(value.dtype) or is_low(present.dtype)):
+            converted = value.detach().to(present.dtype)
+            if isinstance(value, nn.Parameter):
+                converted = nn.Parameter(converted, requires_grad=value.requires_grad)
+            state[prefix + name] = converted

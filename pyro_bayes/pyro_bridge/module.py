@@ -18,10 +18,11 @@ from pyro_bayes.base.mutex import Mutex
 from pyro_bayes.base.recomputation import Recomputation
 from pyro_bayes.base.selection import Choice
 from pyro_bayes.base.swap import Swap
+from pyro_bayes.base.torch_private import is_assigned
 from pyro_bayes.noise.examples import Examples
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.pyro_bridge import store
-from pyro_bayes.pyro_bridge.files import check_whole
+from pyro_bayes.pyro_bridge.files import check_whole, keep_half
 from pyro_bayes.pyro_bridge.guide import MeanField
 from pyro_bayes.pyro_bridge.prior import GaussianPrior
 from pyro_bayes.pyro_bridge.tie import Tie
@@ -133,6 +134,8 @@ class PosteriorModule(PyroModule):
         except AttributeError:
             if "swap" not in self.__dict__ or name.startswith("__"):
                 raise
+        if "_tie" in self.__dict__:
+            self._pull()
         try:
             return getattr(modules["base"], name)
         except AttributeError:
@@ -307,6 +310,8 @@ def _add_included(
         if mean is not None:
             for name in (choice.name, *choice.aliases):
                 state.setdefault(f"{prefix}base.{name}", mean.detach())
+    if is_assigned(metadata):
+        keep_half(state, f"{prefix}base.", model._base)
 
 
 def _after_load(model: PosteriorModule, keys: Any) -> None:

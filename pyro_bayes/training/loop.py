@@ -214,13 +214,17 @@ def _warn_of_decay(objective: ELBO, optimizer: Optimizer) -> None:
     decays: dict[str, float] = {}
     for group in optimizer.param_groups:
         leaves = [p.leaf if isinstance(p, NamedView) else p for p in group["params"]]
-        if decay := float(group.get("weight_decay") or 0):
+        decay = float(group.get("weight_decay") or 0)
+        if isinstance(optimizer, torch.optim.ASGD):
+            decay = decay or float(group.get("lambd") or 0)
+        if decay:
             decays.update({names[id(leaf)]: decay for leaf in leaves if id(leaf) in names})
     if decays:
         warnings.warn(
             f"Expected no weight decay on the posterior; got {max(decays.values()):g} for"
             f" {list(decays)}. It pulls log σ² towards 0, so that deviations are too wide, and acts"
-            " beside the prior, which regularises already. Pass weight_decay=0 to the optimiser,"
+            " beside the prior, which regularises already. Pass weight_decay=0 to the optimiser"
+            " (and lambd=0 to ASGD),"
             ' or at least to the group {"params": bnn.guide.parameters(), "weight_decay": 0.0}.',
             UserWarning,
             stacklevel=3,

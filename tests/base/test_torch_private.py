@@ -162,3 +162,13 @@ def test_hooks_are_removed_also_if_their_registration_was_interrupted():
     layer(torch.ones(2))
     assert not calls
     assert not layer._forward_pre_hooks_with_kwargs
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_assignment_is_told_to_hooks(assign):
+    net, told = torch.nn.Linear(2, 1), []
+    net.register_load_state_dict_pre_hook(
+        lambda _, state, prefix, metadata, *rest: told.append(private.is_assigned(metadata))
+    )
+    net.load_state_dict(net.state_dict(), assign=assign)
+    assert told == [assign]

@@ -438,3 +438,11 @@ def test_weight_decay_of_the_posterior_is_warned_of(groups, warns, leaves):
     texts = [str(w.message) for w in record if "weight_decay=0" in str(w.message)]
     assert len(texts) == warns
     assert not any("log_scale" in text or "base" in text for text in texts)
+
+
+@pytest.mark.filterwarnings("ignore:After 1 epochs")
+def test_asgd_has_a_decay_of_its_own():
+    objective = ELBO(BayesianModel(nn.Linear(3, 1)), likelihoods.Gaussian(1.0), N)
+    optimizer = torch.optim.ASGD(objective.parameters(), lr=1e-3)
+    with pytest.warns(UserWarning, match=r"0\.0001 for .* lambd=0 to ASGD"):
+        fit(objective, [(torch.randn(4, 3), torch.randn(4, 1))], 1, optimizer=optimizer)
