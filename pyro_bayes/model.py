@@ -55,7 +55,9 @@ class BayesianModel(InspectedModule):
             start with it; in it, `*` stands for `[A-Za-z0-9_]+` and `**` for `[A-Za-z0-9_.]+`. A
             `-` in a name is matched by a literal `-`. By default, all parameters that train are
             included. A frozen parameter (`requires_grad=False`) is included if a pattern other
-            than `""` matches it.
+            than `""` matches it. Included ones are frozen while their model lives: freezing them in
+            the base later has no effect. Freeze those of `means` and `logvars` with named `leaves`,
+            or exclude them from a new model.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
             of inputs of a layer, it keeps what the network computes under the prior of order one.
@@ -225,8 +227,7 @@ class BayesianModel(InspectedModule):
             Call the network inside. After the context, it is the posterior-mean network, and passes
             no gradient. A flow computes its density with the network, so `flow(c).log_prob(x)` must
             be inside as well. What needs outputs only, as a loss and the backward pass, may come
-            after, unless the base computes again in the backward pass (activation checkpointing,
-            some flows). There, :class:`pyro_bayes.ELBO` opens the context again.
+            after. What computes again there, as activation checkpointing, has the context again.
 
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.

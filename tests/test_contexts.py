@@ -576,18 +576,66 @@ def test_fit_trains_what_computes_again():
     assert (objective.model.means.inner.weight - before).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("way", ["reentrant", "adjoint"])
+class Now(Computing):
+    """Computes again from some call on, with a part that saves the same tensors if it is frozen."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+    def encode(self, x):
+        way = self.way or (lambda net, x: net(x))
+        return self.outer(way(self.inner, x).tanh())
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+CALLS = {
+    "call": lambda net, x: net(x),
+    "method": lambda net, x: net.inner.encode(x),
+    "submodule": lambda net, x: net.inner(x),
+}
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @each_estimator
-def test_backward_pass_outside_of_a_context_finds_what_the_call_found(way, trick):
+def test_backward_pass_outside_of_a_context_finds_what_the_call_found(way, call, trick):
     gradients = []
-    for each in (WAYS[way], lambda net, x: net(x)):
-        bnn = objective_of(each, trick).model
-        for _ in range(2):
+    for each in (way, None):
+        torch.manual_seed(1)
+        bnn = BayesianModel(Outer(Now()), init_logvar=-2.0)
+        for now in (None, each, each):  # noticed anew in every call
+            bnn.base.inner.way = now
             with bnn.reparameterize(trick) as net:
-                output = net(X.clone().requires_grad_())
+                output = call(net, X.clone().requires_grad_())
             (output.square_().sum() / 3).backward()
         assert not bnn.swap.is_open
         assert bnn._mutex.holder() is None
         assert not bnn.base._forward_hooks
         gradients.append([p.grad for p in bnn.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_objective_notices_anew_in_every_call_what_computes_again(way):
+    gradients = []
+    for each in (way, None):
+        torch.manual_seed(1)
+        net = Now()
+        objective = ELBO(BayesianModel(net, init_logvar=-2.0), likelihoods.Gaussian(1.0), 10)
+        for now in (None, each):
+            net.way = now
+            objective(X.clone().requires_grad_(), X).backward()
+        gradients.append([p.grad for p in objective.parameters()])
     torch.testing.assert_close(*gradients)

@@ -230,3 +230,13 @@ def test_summary_without_rich_names_the_extra(net, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro_bayes\[rich\]'"):
         BayesianModel(net).summary()
+
+
+def test_what_was_frozen_before_a_model_stays_frozen_in_later_ones():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    models = [BayesianModel(net, include_params=("0", "1"))]
+    for base in (copy.deepcopy(net), net):
+        models.append(BayesianModel(base))
+        included = [c.name for c in models[-1].choices if c.included]
+        assert included == ["1.weight", "1.bias"]
