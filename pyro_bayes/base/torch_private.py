@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ __all__ = [
     "after_backward",
     "flatten_dense",
     "has_saved_tensors_hooks",
-    "hear_of_functions",
-    "hear_of_hooks",
     "is_any_autocast_enabled",
     "is_batched",
     "is_transformed",
@@ -147,52 +144,6 @@ def after_backward(function: Callable[[], None]) -> None:
         function: The function.
     """
     torch.autograd.Variable._execution_engine.queue_callback(function)
-
-
-def hear_of_functions(listener: Callable[[type, Any], None]) -> None:
-    """Calls a function whenever some `torch.autograd.Function` has been applied, from now on.
-
-    Torch has no hook for that: its `Function.apply` is replaced by one that calls the function.
-
-    Arguments:
-        listener: The function, of the applied class and its outputs.
-    """
-    original: Any = torch.autograd.Function.__dict__["apply"].__func__
-
-    @wraps(original)
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = original(cls, *args, **kwargs)
-        if not is_transformed():
-            listener(cls, outputs)
-        return outputs
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-
-
-def hear_of_hooks(listener: Callable[[Any], Any]) -> None:
-    """Calls a function whenever hooks on saved tensors are entered, from now on.
-
-    Torch has no hook for that: its `saved_tensors_hooks.__enter__` is replaced.
-
-    Arguments:
-        listener: The function of the hook that unpacks. It returns the one to use.
-    """
-    hooks: Any = torch.autograd.graph.saved_tensors_hooks
-    original = hooks.__enter__
-
-    @wraps(original)
-    def enter(self: Any) -> None:
-        if is_transformed():
-            original(self)
-            return
-        unpack = self.unpack_hook
-        self.unpack_hook = listener(unpack)
-        try:
-            original(self)
-        finally:
-            self.unpack_hook = unpack
-
-    hooks.__enter__ = enter
 
 
 def untracked_views() -> AbstractContextManager[None]:

@@ -13,7 +13,6 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
-from pyro_bayes.base.recomputation import Applied
 from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.inputs import Inputs, batch_size
@@ -70,14 +69,12 @@ class HeldModule(PosteriorModule):
         if self._guide.memory.rounding.dtypes:
             self._keep_tied()
             values = self.as_held(values)
-        examples: contextlib.AbstractContextManager[Any] = _HERE
-        again: contextlib.AbstractContextManager[Any] = _HERE
+        examples = again = _HERE
         if noise is not None and noise.estimator != "weights":
             examples = self._examples.watch(self._base, values, noise, self._hold_unseen)
         if self._recomputation.may_be(self._base):
             again = self._recomputation.watch(self._base, self.again)
-        applied = _HERE if torch.compiler.is_compiling() else Applied(self.swap, self.again)
-        with self.swap(values, owner=self) as base, applied, again, examples:
+        with self.swap(values, owner=self) as base, again, examples:
             yield base
 
     @contextmanager
@@ -104,9 +101,6 @@ class HeldModule(PosteriorModule):
 
         @contextmanager
         def context() -> Iterator[None]:
-            if self.swap.is_open and self.swap.values is values:
-                yield
-                return
             with self._mutex.turn(thread), self.hold(values):
                 yield
 

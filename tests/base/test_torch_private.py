@@ -172,33 +172,3 @@ def test_assignment_is_told_to_hooks(assign):
     )
     net.load_state_dict(net.state_dict(), assign=assign)
     assert told == [assign]
-
-
-def test_functions_and_hooks_are_heard_of(monkeypatch):
-    hooks, function = torch.autograd.graph.saved_tensors_hooks, torch.autograd.Function
-    monkeypatch.setattr(hooks, "__enter__", hooks.__enter__)
-    monkeypatch.setattr(function, "apply", function.__dict__["apply"])
-    heard = []
-
-    class Twice(function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * grad
-
-    def listen(unpack):
-        return lambda value: heard.append("unpacked") or unpack(value)
-
-    private.hear_of_functions(lambda cls, outputs: heard.append((cls, outputs)))
-    private.hear_of_hooks(listen)
-    x = torch.ones(2, requires_grad=True)
-    y = Twice.apply(x)
-    assert heard == [(Twice, y)]
-    with hooks(lambda t: t, lambda t: t) as _:
-        z = y.square().sum()
-    z.backward()
-    assert heard[1:] == ["unpacked"]
-    assert x.grad.tolist() == [8, 8]
