@@ -394,7 +394,7 @@ def test_what_is_deterministic_keeps_its_dtype_when_it_is_loaded(assign):
 
 
 def test_looks_at_the_base_from_other_threads_undo_no_step():
-    bnn = BayesianModel(nn.Linear(50, 50).bfloat16())
+    bnn = BayesianModel(nn.Linear(300, 300).bfloat16())
     with torch.no_grad():
         bnn.guide.mean.zero_()
     done = threading.Event()
@@ -409,13 +409,13 @@ def test_looks_at_the_base_from_other_threads_undo_no_step():
     try:
         for thread in threads:
             thread.start()
-        for _ in range(100):
+        for _ in range(200):
             with torch.no_grad():
-                bnn.guide.mean.add_(1.0)
+                bnn.guide.mean.add_(1 / 128)
             bnn.base.weight.shape  # noqa: B018
     finally:
         done.set()
         sys.setswitchinterval(interval)
         for thread in threads:
             thread.join()
-    assert torch.equal(bnn.guide.mean, torch.full_like(bnn.guide.mean, 100.0))
+    assert torch.equal(bnn.guide.mean, torch.full_like(bnn.guide.mean, 200 / 128))
