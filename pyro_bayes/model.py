@@ -227,8 +227,7 @@ class BayesianModel(InspectedModule):
             Call the network inside. After the context, it is the posterior-mean network, and passes
             no gradient. A flow computes its density with the network, so `flow(c).log_prob(x)` must
             be inside as well. What needs outputs only, as a loss and the backward pass, may come
-            after, unless the base computes again in the backward pass (activation checkpointing,
-            some flows). There, :class:`pyro_bayes.ELBO` opens the context again.
+            after. What computes again there, as activation checkpointing, has the context again.
 
         Arguments:
             local_trick: The estimator: `False`, `True` or `"flipout"`.

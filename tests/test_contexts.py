@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -262,14 +263,13 @@ class Biased(nn.Module):
     def __init__(self):
         super().__init__()
         self.biases, self.cache = nn.Parameter(torch.randn(3)), {}
-        self.masks = {"causal": torch.ones(3)}
         self.calls = {}
 
     def forward(self, x):
         self.calls["last"] = x.sum()
         if x.device not in self.cache:
             self.cache[x.device] = self.biases[[2, 0, 1]]
-        return x + self.cache[x.device] * self.masks["causal"]
+        return x + self.cache[x.device]
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -277,6 +277,8 @@ def test_cached_values_are_those_of_the_context(before):
     bnn = BayesianModel(Biased().eval(), init_logvar=0.0)
     if before:
         bnn.base(X)
+    with bnn.reparameterize() as net:
+        net(X)
     assert bnn.predict(X, 20).variance.mean() > 0.3
     outputs = []
     for _ in range(2):
@@ -293,18 +295,114 @@ def test_cached_values_are_those_of_the_context(before):
     torch.testing.assert_close(sampled(X), X + sampled.biases[[2, 0, 1]])
 
 
-def test_constants_that_look_like_a_cache_are_named():
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.extras = nn.Linear(3, 3), {"mask": torch.ones(3)}
+def in_keys(c, compute):
+    if "w" not in c.keys():  # noqa: SIM118
+        c["w"] = compute()
+    return c["w"]
 
-        def forward(self, x):
-            return self.linear(x) * self.extras.get("mask", 0.0)
 
-    bnn = BayesianModel(nn.Sequential(Masked()))
-    with pytest.warns(UserWarning, match=r"'0\.extras' to be a cache"), bnn.reparameterize() as net:
+def of_try(c, compute):
+    try:
+        return c["w"]
+    except KeyError:
+        c["w"] = compute()
+        return c["w"]
+
+
+def of_bool(c, compute):
+    if not c:
+        c.update(w=compute())
+    return c["w"]
+
+
+def of_len(c, compute):
+    if len(c) == 0:
+        c |= {"w": compute()}
+    return next(iter(c.values()))
+
+
+def of_copy(c, compute):
+    plain = {**c}
+    return c.setdefault("w", compute()) if "w" not in plain else plain["w"]
+
+
+def of_removal(c, compute):
+    c.pop("w", None)
+    while c:
+        c.popitem()
+    c["w"] = compute()
+    return c["w"]
+
+
+LOOKS = [in_keys, of_try, of_bool, of_len, of_copy, of_removal]
+
+
+class Looking(nn.Module):
+    def __init__(self, look, kept):
+        super().__init__()
+        self.w, self.look, self.kept = nn.Parameter(torch.ones(3)), look, kept
+
+    def forward(self, x):
+        return x * self.look(self.kept, self.w.exp)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, partial(defaultdict, None)])
+@pytest.mark.parametrize("look", LOOKS)
+def test_cache_is_empty_from_every_side(look, kind):
+    for former in ({}, {"w": torch.ones(3).exp()}):
+        bnn = BayesianModel(Looking(look, kind(former)), init_logvar=0.0)
+        with pytest.warns(UserWarning, match="'kept' to be a cache of what is computed"):
+            assert bnn.predict(X, 8).variance.mean() > 0.01
+        bnn.predict(X, 2)  # says it once
+        sampled = bnn.sample_model()
+        torch.testing.assert_close(sampled(X), X * sampled.w.exp())
+        assert former or type(sampled.kept) is type(kind())
+        kept = bnn.base.kept
+        assert type(kept) is type(kind())
+        assert kept.keys() == former.keys()
+        assert all(kept[key] is former[key] for key in former)
+
+
+def get(c, _):
+    return c.get("mask", 0.0)
+
+
+def by_key(c, _):
+    return c["mask"]
+
+
+def total(c, _):
+    return sum(c.values())
+
+
+@pytest.mark.parametrize("look", [get, by_key, total])
+def test_constants_that_look_like_a_cache_are_named(look):
+    bnn = BayesianModel(nn.Sequential(Looking(look, {"mask": torch.ones(3)})))
+    with pytest.warns(UserWarning, match=r"'0\.kept' to be a cache"), bnn.reparameterize() as net:
+        output = net(X)
+    assert torch.equal(output, X) == (look is by_key)
+    assert [*bnn.base[0].kept] == ["mask"]
+
+
+def remember(c, compute):
+    h = c.get("h", 0.0) + compute().detach()
+    c["h"] = h
+    return h
+
+
+def forget(c, compute):
+    c.clear()
+    return compute()
+
+
+def test_state_in_a_dictionary_is_named_and_can_be_removed():
+    bnn = BayesianModel(Looking(remember, {}))
+    with pytest.warns(UserWarning, match="If it is a state"), bnn.reparameterize() as net:
         net(X)
+    bnn = BayesianModel(Looking(forget, {"h": X}))
+    with bnn.reparameterize() as net:
+        net(X)
+    assert bnn.base.kept == {}
 
 
 def test_cached_parametrizations_are_those_of_the_context():
@@ -478,18 +576,66 @@ def test_fit_trains_what_computes_again():
     assert (objective.model.means.inner.weight - before).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("way", ["reentrant", "adjoint"])
+class Now(Computing):
+    """Computes again from some call on, with a part that saves the same tensors if it is frozen."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+    def encode(self, x):
+        way = self.way or (lambda net, x: net(x))
+        return self.outer(way(self.inner, x).tanh())
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+CALLS = {
+    "call": lambda net, x: net(x),
+    "method": lambda net, x: net.inner.encode(x),
+    "submodule": lambda net, x: net.inner(x),
+}
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @each_estimator
-def test_backward_pass_outside_of_a_context_finds_what_the_call_found(way, trick):
+def test_backward_pass_outside_of_a_context_finds_what_the_call_found(way, call, trick):
     gradients = []
-    for each in (WAYS[way], lambda net, x: net(x)):
-        bnn = objective_of(each, trick).model
-        for _ in range(2):
+    for each in (way, None):
+        torch.manual_seed(1)
+        bnn = BayesianModel(Outer(Now()), init_logvar=-2.0)
+        for now in (None, each, each):  # noticed anew in every call
+            bnn.base.inner.way = now
             with bnn.reparameterize(trick) as net:
-                output = net(X.clone().requires_grad_())
+                output = call(net, X.clone().requires_grad_())
             (output.square_().sum() / 3).backward()
         assert not bnn.swap.is_open
         assert bnn._mutex.holder() is None
         assert not bnn.base._forward_hooks
         gradients.append([p.grad for p in bnn.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_objective_notices_anew_in_every_call_what_computes_again(way):
+    gradients = []
+    for each in (way, None):
+        torch.manual_seed(1)
+        net = Now()
+        objective = ELBO(BayesianModel(net, init_logvar=-2.0), likelihoods.Gaussian(1.0), 10)
+        for now in (None, each):
+            net.way = now
+            objective(X.clone().requires_grad_(), X).backward()
+        gradients.append([p.grad for p in objective.parameters()])
     torch.testing.assert_close(*gradients)

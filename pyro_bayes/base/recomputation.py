@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from pyro_bayes.base.swap import Swap
 from pyro_bayes.base.torch_private import (
+    Heard,
     after_backward,
     is_transformed,
     remove_hook,
-    saved_tensors_hooks,
     tree_leaves,
     tree_map_only,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Context: TypeAlias = Callable[[], AbstractContextManager[Any]]
-
-
-class Watch(TorchFunctionMode):
-    """Notes, while it is open, whether an operator ran where autograd saves tensors in its own way.
-
-    That is how activation checkpointing works: it saves none, and computes them again.
-
-    Attributes:
-        hooked: Whether one did.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before, self.hooked = saved_tensors_hooks(), False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if not self.hooked and saved_tensors_hooks() != self._before:
-            self.hooked = True
-        return func(*args, **(kwargs or {}))
 
 
 def nodes(value: Tensor) -> Iterator[Any]:
@@ -67,8 +51,108 @@ def is_foreign(node: Any) -> bool:
     """
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return False
-    origin: str = type(node)._forward_cls.__module__  # type: ignore[attr-defined]
-    return not origin.startswith(("pyro_bayes.", "torch._functorch."))
+    return _is_of_others(type(node)._forward_cls)  # type: ignore[attr-defined]
+
+
+class Applied:
+    """That a context is open, in which what may compute again is noticed as it is applied.
+
+    That are functions of others, and hooks on saved tensors, as of activation checkpointing. Their
+    part of the backward pass runs in the context, whoever applied them: the network in a call, a
+    submodule, or a method.
+
+    Arguments:
+        swap: What holds the values of the context.
+        again: Returns what opens it again.
+
+    Attributes:
+        found: Whether any was applied.
+    """
+
+    __slots__ = ("__weakref__", "_entry", "again", "found", "swap", "thread")
+
+    def __init__(self, swap: Swap, again: Callable[[], Context]) -> None:
+        self.swap, self.again, self.found = swap, again, False
+        self.thread = threading.get_ident()
+        self._entry = weakref.ref(self)
+
+    def __enter__(self) -> Self:
+        if len(_open) > 9:  # interrupted contexts may leave theirs
+            _open[:] = [entry for entry in _open if entry() is not None]
+        _open.append(self._entry)
+        _heard.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entry in _open:
+            _open.remove(self._entry)
+        if not _open:
+            _heard.end()
+            if _open:  # another thread has opened a context meanwhile
+                _heard.begin()
+
+
+def any_applied() -> bool:
+    """Tells whether what may compute again was applied in the latest context of this thread."""
+    present = _present() if _open else []
+    return bool(present) and present[-1].found
+
+
+_open: list[weakref.ref[Applied]] = []
+
+
+def _present() -> list[Applied]:
+    thread = threading.get_ident()
+    living = [one for entry in [*_open] if (one := entry()) is not None]
+    return [one for one in living if one.thread == thread and one.swap.is_open]
+
+
+def _contexts() -> list[Context]:
+    """Returns what opens each context of this thread again, which something was applied in."""
+    present = _present()
+    for one in present:
+        one.found = True
+    return [one.again() for one in present]
+
+
+def _is_of_others(origin: Any) -> bool:
+    module = getattr(origin, "__module__", None) or ""
+    return not module.startswith(("pyro_bayes.", "torch._functorch."))
+
+
+def _note_function(function: type, outputs: Any) -> None:
+    if not _open or not _is_of_others(function):
+        return
+    found: set[Any] = {t.grad_fn for t in tree_leaves(outputs) if isinstance(t, Tensor)}
+    own = [*filter(is_foreign, found)]
+    for context in _contexts() if own else ():
+        for node in own:
+            node.register_prehook(partial(_reopen, context))
+
+
+def _note_hooks(unpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    if not _open or not _is_of_others(unpack):
+        return unpack
+    contexts = _contexts()
+
+    def unpacked(value: Any) -> Any:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return unpack(value)
+
+    return unpacked if contexts else unpack
+
+
+def _reopen(context: Context, _: Any) -> None:
+    opened = context()
+    opened.__enter__()
+    # After an error, the context is collected, which closes it.
+    close: Callable[..., Any] = opened.__exit__
+    after_backward(partial(close, None, None, None))
+
+
+_heard = Heard(_note_function, _note_hooks)
 
 
 def reopening(value: Tensor, context: Context) -> Tensor:
@@ -154,8 +238,5 @@ class _Reopening(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor, None]:
-        context = ctx.context()
-        context.__enter__()
-        # After an error, the context is collected, which closes it.
-        after_backward(partial(context.__exit__, None, None, None))
+        _reopen(ctx.context, grad)
         return grad, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import (
 )
 
 __all__ = [
+    "Heard",
     "TorchDispatchMode",
     "after_backward",
     "flatten_dense",
@@ -144,6 +146,57 @@ def after_backward(function: Callable[[], None]) -> None:
         function: The function.
     """
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+class Heard:
+    """What is applied while somebody listens: functions of autograd, and hooks on saved tensors.
+
+    Torch has no hook for either: its `Function.apply` and `saved_tensors_hooks.__enter__` are
+    replaced from :meth:`begin` to :meth:`end`.
+
+    Arguments:
+        functions: Is called with each `torch.autograd.Function` that was applied, and its outputs.
+        hooks: Is called with the hook that unpacks, and returns the one to use.
+    """
+
+    def __init__(self, functions: Callable[[type, Any], None], hooks: Callable[[Any], Any]) -> None:
+        applied: Any = torch.autograd.Function.__dict__["apply"]
+        entered: Any = torch.autograd.graph.saved_tensors_hooks.__enter__
+
+        @wraps(applied.__func__)
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = applied.__func__(cls, *args, **kwargs)
+            if not is_transformed():
+                functions(cls, outputs)
+            return outputs
+
+        @wraps(entered)
+        def enter(own: Any) -> None:
+            if is_transformed():
+                entered(own)
+                return
+            unpack = own.unpack_hook
+            own.unpack_hook = hooks(unpack)
+            try:
+                entered(own)
+            finally:
+                own.unpack_hook = unpack
+
+        self._own: tuple[Any, Any] = applied, entered
+        self._heard: tuple[Any, Any] = classmethod(apply), enter
+
+    def begin(self) -> None:
+        """Begins to listen; nothing happens if it listens already."""
+        self._put(self._heard)
+
+    def end(self) -> None:
+        """Gives torch its own back."""
+        self._put(self._own)
+
+    def _put(self, pair: tuple[Any, Any]) -> None:
+        function: Any = torch.autograd.Function
+        hooks: Any = torch.autograd.graph.saved_tensors_hooks
+        function.apply, hooks.__enter__ = pair
 
 
 def untracked_views() -> AbstractContextManager[None]:

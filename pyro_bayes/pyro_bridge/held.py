@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bayes.base import ownership
+from pyro_bayes.base.recomputation import Applied
 from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.inputs import Inputs, batch_size
@@ -69,12 +70,14 @@ class HeldModule(PosteriorModule):
         if self._guide.memory.rounding.dtypes:
             self._keep_tied()
             values = self.as_held(values)
-        examples = again = _HERE
+        examples: contextlib.AbstractContextManager[Any] = _HERE
+        again: contextlib.AbstractContextManager[Any] = _HERE
         if noise is not None and noise.estimator != "weights":
             examples = self._examples.watch(self._base, values, noise, self._hold_unseen)
         if self._recomputation.may_be(self._base):
             again = self._recomputation.watch(self._base, self.again)
-        with self.swap(values, owner=self) as base, again, examples:
+        applied = _HERE if torch.compiler.is_compiling() else Applied(self.swap, self.again)
+        with self.swap(values, owner=self) as base, applied, again, examples:
             yield base
 
     @contextmanager
@@ -101,6 +104,9 @@ class HeldModule(PosteriorModule):
 
         @contextmanager
         def context() -> Iterator[None]:
+            if self.swap.is_open and self.swap.values is values:
+                yield
+                return
             with self._mutex.turn(thread), self.hold(values):
                 yield
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bayes.base.checks import check_batch, check_count, is_count, is_number
-from pyro_bayes.base.recomputation import Watch, is_foreign, nodes, reopening
+from pyro_bayes.base.recomputation import any_applied, is_foreign, nodes, reopening
 from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.model import BayesianModel
 from pyro_bayes.noise.context import context_noise
@@ -167,12 +166,9 @@ class ELBO(nn.Module):
             self.model.look_at_examples(self._log_probs(y), *args, **kind, **kwargs)
         nlls = []
         for _ in range(self.num_samples):
-            with (
-                self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
-                    net,
-                    kl,
-                ),
-                self._watch() as watch,
+            with self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
+                net,
+                kl,
             ):
                 # Inside the context, because flows compute their density with the network.
                 log_probs = self.likelihood.log_prob(called(net, args, kwargs), y)
@@ -183,9 +179,10 @@ class ELBO(nn.Module):
                         f" {tuple(log_probs.shape)}. It must not be reduced over examples."
                     )
                 nll = -log_probs.mean()
-                if watch is not None:
-                    self._computes_again = self._find_out(nll, hooked=watch.hooked)
-                if self._computes_again and nll.requires_grad:
+                applied = any_applied()
+                if self._computes_again is None and self._is_trained():
+                    self._computes_again = applied or self._find_out(nll)
+                if (self._computes_again or applied) and nll.requires_grad:
                     nll = reopening(nll, self.model.again())
             nlls.append(nll)
         if self.training:
@@ -197,15 +194,14 @@ class ELBO(nn.Module):
         """Returns the log-probability of targets as a function of the network and its inputs."""
         return lambda net, *args, **kwargs: self.likelihood.log_prob(called(net, args, kwargs), y)
 
-    def _watch(self) -> AbstractContextManager[Watch | None]:
-        """Returns what watches the first forward pass of a training."""
-        wanted = self._computes_again is None and self.training and torch.is_grad_enabled()
-        return Watch() if wanted and not torch.compiler.is_compiling() else nullcontext()
+    def _is_trained(self) -> bool:
+        compiled = torch.compiler.is_compiling()
+        return self.training and torch.is_grad_enabled() and not compiled
 
-    def _find_out(self, nll: Tensor, *, hooked: bool) -> bool:
+    def _find_out(self, nll: Tensor) -> bool:
         """Tells whether the backward pass computes again, and checks that it trains the model."""
         found = [*nodes(nll)]
-        if hooked or any(map(is_foreign, found)):
+        if any(map(is_foreign, found)):
             return True
         leaves = [p for p in self.model.guide.parameters() if p.requires_grad]
         reached = {id(node.variable) for node in found if hasattr(node, "variable")}

@@ -172,3 +172,37 @@ def test_assignment_is_told_to_hooks(assign):
     )
     net.load_state_dict(net.state_dict(), assign=assign)
     assert told == [assign]
+
+
+def test_functions_and_hooks_are_heard_of():
+    hooks, function = torch.autograd.graph.saved_tensors_hooks, torch.autograd.Function
+    before = function.__dict__["apply"], hooks.__enter__
+    heard = []
+
+    class Twice(function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def listen(unpack):
+        return lambda value: heard.append("unpacked") or unpack(value)
+
+    listening = private.Heard(lambda cls, outputs: heard.append((cls, outputs)), listen)
+    listening.begin()
+    x = torch.ones(2, requires_grad=True)
+    y = Twice.apply(x)
+    assert heard == [(Twice, y)]
+    with hooks(lambda t: t, lambda t: t) as _:
+        z = y.square().sum()
+    z.backward()
+    assert heard[1:] == ["unpacked"]
+    assert x.grad.tolist() == [8, 8]
+    listening.end()
+    count = len(heard)
+    Twice.apply(x)
+    assert len(heard) == count
+    assert (function.__dict__["apply"], hooks.__enter__) == before
