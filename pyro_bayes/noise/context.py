@@ -79,7 +79,7 @@ class ContextNoise:
         """Returns noise of the same kind for a context of its own."""
         return ContextNoise(self.estimator, self.batch_dim, self.check_examples)
 
-    def rows_of_example(self, count: int) -> int | None:
+    def rows_per_example(self, count: int) -> int | None:
         """Returns how many of an operator's rows each example has.
 
         Arguments:
@@ -93,7 +93,7 @@ class ContextNoise:
             return 1
         return None if count % max(self.batch_size, 1) else count // max(self.batch_size, 1)
 
-    def rows_of_examples(self, like: Tensor, example: int | None) -> int | None:
+    def example_rows(self, like: Tensor, example: int | None) -> int | None:
         """Returns how many rows of an operator's output are told by examples.
 
         Arguments:
@@ -106,7 +106,7 @@ class ContextNoise:
         if example is None:
             return 1 if self.batch_size in (None, 1) else None
         count = like.shape[example]
-        return None if self.rows_of_example(count) is None else count
+        return None if self.rows_per_example(count) is None else count
 
     def met(
         self, source: tuple[str, ...], parameters: Sequence[str], inputs: Sequence[Tensor]
@@ -140,7 +140,7 @@ class ContextNoise:
 
         Arguments:
             source: What the signs belong to: a parameter and one of its dimensions.
-            count: The number of rows, see :meth:`rows_of_example`.
+            count: The number of rows, see :meth:`rows_per_example`.
             size: The length of a vector.
             like: A tensor of the wanted dtype and device.
 
@@ -148,7 +148,7 @@ class ContextNoise:
             Signs of shape `(count, size)`.
         """
         source = self._sharing.setdefault(source, source)
-        each = self.rows_of_example(count) or 1
+        each = self.rows_per_example(count) or 1
         signs = self._rows(("signs", *source), count // each, (size,), like, self._random_signs)
         if each == 1:
             return signs

@@ -72,7 +72,7 @@ def draw_linear(
     source = (operator.name, *[s.key for s in sources])
     if noise.watched:
         noise.met(source, [s.parameter for s in sources], inputs)
-    count = None if source in noise.shared else noise.rows_of_examples(inputs[0], example)
+    count = None if source in noise.shared else noise.example_rows(inputs[0], example)
     if count is None:
         return operator.apply(*inputs, *[handed(operator.name, v) for v in (weight, bias)])
     _note(sources)
@@ -134,7 +134,7 @@ def noisy(
     source = (operator, *[s.key for s in sources])
     if noise.watched:
         noise.met(source, [s.parameter for s in sources], inputs)
-    count = None if source in noise.shared else noise.rows_of_examples(mean, example)
+    count = None if source in noise.shared else noise.example_rows(mean, example)
     if count is None:
         for each in sources:
             handed(operator, each)

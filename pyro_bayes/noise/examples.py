@@ -118,31 +118,29 @@ class Examples:
         noise.batch_size = batch_size(inputs, noise.batch_dim)
         key = self._key(base, noise, inputs)
         verdict = self._verdicts.get(key)
-        if verdict is None and noise.check_examples:
-            verdict = self._ask(
-                key, function is None, Trial(base, values, noise, hold, inputs, function)
-            )
+        question = *key, function is None
+        # Within a transform, inputs cannot be changed; without any, there is nothing to tell.
+        wanted = verdict is None and noise.check_examples and noise.batch_size
+        if wanted and self._failures[question] <= _FAILURES and not is_transformed():
+            verdict = self._ask(question, Trial(base, values, noise, hold, inputs, function))
         if verdict is None:
             return None
         noise.shared = verdict.shared
         noise.pinned |= verdict.drawn
         return verdict.warning
 
-    def _ask(self, key: tuple[object, ...], own: bool, trial: Trial) -> Verdict | None:
-        # Within a transform, inputs cannot be changed.
-        if not trial.size or self._failures[key, own] > _FAILURES or is_transformed():
-            return None
+    def _ask(self, question: tuple[object, ...], trial: Trial) -> Verdict | None:
         try:
             self._busy = True
             verdict = trial.verdict()
         finally:
             self._busy = False
         if verdict is None:
-            self._failures[key, own] += _FAILURES + 1 if trial.is_lazy else 1
-            if trial.reason is not None and self._failures[key, own] == 1:
+            self._failures[question] += _FAILURES + 1 if trial.is_lazy else 1
+            if trial.reason is not None and self._failures[question] == 1:
                 warnings.warn(trial.reason, stacklevel=5)
             return None
-        self._verdicts[key] = verdict
+        self._verdicts[question[:-1]] = verdict
         if verdict.warning is not None:
             warnings.warn(verdict.warning, stacklevel=5)
         return verdict

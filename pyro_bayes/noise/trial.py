@@ -135,9 +135,7 @@ class Trial:
                 if any(same):  # as a layer that is called on the examples and on constants
                     drawn.update(names)
         # What is one draw in all its places need not be told.
-        drawn &= (
-            own | {n for n, each in (noise.uses or {}).items() if noise.estimator in each} & own
-        )
+        drawn &= own
         if noise.estimator == "local":  # whose calls are neither independent nor the same
             keys: dict[str, Counter[str]] = {}
             for source, calls in noise.inputs.items():
@@ -246,8 +244,8 @@ class Trial:
             f" {type(self._base).__name__} in which the noise of an example reaches the outputs of"
             " others, as in graph layers, attention over the batch, pooling of sets, or batch norm"
             f" in training mode. The parameters {shown}{more} are one draw instead, which is exact."
-            " Use local_trick=False to say so yourself. If another dimension counts examples, pass"
-            " batch_dim; check_examples=False does not look."
+            " Exclude them, or use local_trick=False, to be without this warning. If another"
+            " dimension counts examples, pass batch_dim. To skip the look, check_examples=False."
         )
 
 

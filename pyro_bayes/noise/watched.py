@@ -60,7 +60,7 @@ class WatchedNoise(ContextNoise):
 
     def _mask(self, count: int) -> Tensor | None:
         """Returns which rows have the other noise."""
-        each = self.rows_of_example(count)
+        each = self.rows_per_example(count)
         if self.chosen is None or each is None:
             return None
         chosen = self.chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -56,7 +56,7 @@ class Comparison:
     """
 
     rows: tuple[Row, ...]
-    num_contexts: int = field(default=0)
+    num_contexts: int
 
     @property
     def agrees(self) -> bool:
