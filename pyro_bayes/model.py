@@ -18,16 +18,17 @@ from pyro_bayes.noise.tensors import held_values
 from pyro_bayes.posterior.memory import Leaves
 from pyro_bayes.prediction.inspection import InspectedModule
 from pyro_bayes.prediction.module import PredictingModule
-from pyro_bayes.priors.variance import PriorVar, PriorVariances, prior_variances, total
+from pyro_bayes.priors.choice import PriorLike, PriorVar, choose_priors
+from pyro_bayes.priors.priors import total
 from pyro_bayes.pyro_bridge.guide import MeanField
-from pyro_bayes.pyro_bridge.prior import GaussianPrior
+from pyro_bayes.pyro_bridge.prior import PriorModule
 
 
 class BayesianModel(InspectedModule):
     r"""Makes a module Bayesian: a mean-field Gaussian posterior over its parameters.
 
     .. math:: q(\theta) = \prod_i \mathcal{N}(\theta_i \mid \mu_i, \sigma_i^2), \qquad
-              p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2)
+              p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, \sigma_p^2) \;\text{or any other}
 
     The means :math:`\mu_i` start at the base's own parameters, and :math:`\log \sigma_i^2` at
     `init_logvar`. Both are learned, by maximising the evidence lower bound (ELBO)
@@ -59,11 +60,14 @@ class BayesianModel(InspectedModule):
             the base later has no effect. Freeze those of `means` and `logvars` with named `leaves`,
             or exclude them from a new model.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
-        prior_var: The variance :math:`\sigma_p^2` of the prior. Of the order of one over the number
-            of inputs of a layer, it keeps what the network computes under the prior of order one.
+        prior_var: The variance :math:`\sigma_p^2` of a Gaussian prior around 0, 1 by default.
             `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
-            see :class:`pyro_bayes.priors.variance.Empirical`. In a mapping from patterns to any of
+            see :class:`pyro_bayes.priors.empirical.Empirical`. In a mapping from patterns to any of
             these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
+        prior: Any other prior: a Pyro distribution of one element, as `dist.Laplace(0.0, 0.1)`; a
+            function of name and parameter that returns one, also of the parameter's shape; one of
+            :mod:`pyro_bayes.priors`; a former posterior, see :meth:`as_prior`; or a mapping from
+            patterns to these, likewise. It takes the place of `prior_var`.
         name: The prefix of the names of the sites, and of the parameters in Pyro's param store,
             where a name that another living model has gets a number. Two models in one Pyro model
             need names. By default, sites have none, and the store knows the model by its class.
@@ -102,7 +106,8 @@ class BayesianModel(InspectedModule):
         include_params: str | Sequence[str] = ("",),
         exclude_params: str | Sequence[str] = (),
         *,
-        prior_var: PriorVar = 1.0,
+        prior_var: PriorVar | None = None,
+        prior: PriorLike | None = None,
         name: str | None = None,
         leaves: Leaves = "flat",
     ) -> None:
@@ -119,20 +124,21 @@ class BayesianModel(InspectedModule):
         parameters = dict(base.named_parameters())
         included = {c.name: parameters[c.name] for c in choices if c.included}
         fixed = FixedElements(base, {c.name: (c.name, *c.aliases) for c in choices if c.included})
-        variances = prior_variances(prior_var, choices, included)
-        prior = GaussianPrior(included, variance=variances, site_prefix=name or "")
+        priors = choose_priors(prior, prior_var, choices, included)
+        prior_module = PriorModule(included, priors, site_prefix=name or "")
         guide = MeanField(
-            prior,
+            prior_module,
             included,
+            priors=priors,
             init_logvar=float(init_logvar),
             store_name=name or type(self).__name__,
             site_prefix=name or "",
             leaves=leaves,
             fixed=fixed,
         )
-        super().__init__(base, prior, guide, choices)
+        super().__init__(base, prior_module, guide, choices)
         fixed_of = guide.memory.fixed.mask if guide.memory.fixed else None
-        variances.follow(guide.posterior, fixed_of)
+        priors.follow(guide.posterior, fixed_of, guide.prior_scales.by_name)
         self.init_logvar = float(init_logvar)
 
     # Draws
@@ -299,61 +305,6 @@ class BayesianModel(InspectedModule):
         """
         noise = context_noise(local_trick, batch_dim, check_examples)
         with self.lock():
-            values, numbers = self.values(noise, self._guide.variances)
+            values, numbers = self.values(noise, self._guide.priors)
             with self.hold(values, noise) as base:
                 yield base, total(numbers)
-
-    def kl_divergence(self, prior_var: PriorVar | None = None) -> Tensor:
-        r"""Computes the KL divergence between the posterior and the prior in closed form.
-
-        .. math:: D_{KL}(q(\theta) \,\|\, p(\theta)) = \frac{1}{2} \sum_i \left[
-                  \frac{\sigma_i^2 + \mu_i^2}{\sigma_p^2} - 1
-                  - \log \frac{\sigma_i^2}{\sigma_p^2} \right]
-
-        It is a sum over all included parameters, to be added to the negative log-likelihood of a
-        whole dataset of N points, or divided by N and added to the mean over points. N is the size
-        of the dataset also with minibatches. Elements that carry no information are left out:
-        padding rows of embeddings, and what :mod:`torch.nn.utils.prune` has masked.
-
-        Arguments:
-            prior_var: The variance :math:`\sigma_p^2` of the prior, as in the model, whose it is by
-                default.
-
-        Returns:
-            The divergence in nats, a 0-dim tensor.
-
-        Raises:
-            ValueError: If `prior_var` is none of these, as a number that is not positive.
-
-        Example:
-            >>> bnn = BayesianModel(nn.Linear(3, 1), init_logvar=0.0)
-            >>> nn.init.zeros_(bnn.base.weight), nn.init.zeros_(bnn.base.bias)
-            (...)
-            >>> bnn.kl_divergence()
-            tensor(0., grad_fn=<...>)
-        """
-        return self._variances(prior_var).kl_divergence(self._flats())
-
-    def kl_divergences(self, prior_var: PriorVar | None = None) -> dict[str, Tensor]:
-        """Computes the KL divergence of each parameter, whose sum is :meth:`kl_divergence`.
-
-        Arguments:
-            prior_var: The variance of the prior, as in :meth:`kl_divergence`.
-
-        Returns:
-            The divergences in nats by the names of parameters.
-
-        Raises:
-            ValueError: As in :meth:`kl_divergence`.
-
-        Example:
-            >>> list(BayesianModel(nn.Linear(3, 1)).kl_divergences())
-            ['weight', 'bias']
-        """
-        return self._variances(prior_var).kl_divergences(self._flats())
-
-    def _variances(self, prior_var: PriorVar | None) -> PriorVariances:
-        if prior_var is None:
-            return self._guide.variances
-        means = {name: mean for name, (mean, _) in self._guide.posterior().items()}
-        return prior_variances(prior_var, self.choices, means)

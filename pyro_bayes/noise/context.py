@@ -69,7 +69,7 @@ class ContextNoise:
         self._level = transform_level()
         self._kept: dict[tuple[object, ...], Tensor] = {}
         self.divergence: Callable[[str, Any], Tensor] | None = None
-        """Returns the divergence of a parameter by name, for the variances of the prior."""
+        """Returns what one pass has of the divergence of a parameter by name, for priors."""
         self.statements: dict[str, tuple[Any, Any]] = {}
         """The scale and the mask of a guide's sites by the names of parameters."""
         self._seen: dict[tuple[object, ...], list[Tensor]] = {}

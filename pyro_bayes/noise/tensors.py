@@ -15,7 +15,7 @@ from pyro_bayes.noise.gaussian_tensor import GaussianTensor, Moment
 from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.layout import Drawn, Flat, Layout
 from pyro_bayes.posterior.passes import Kind, Number
-from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.priors.priors import Priors
 
 _KINDS: dict[Estimator, tuple[Kind, Moment]] = {
     "weights": ("draws", "draw"),
@@ -27,7 +27,7 @@ _KINDS: dict[Estimator, tuple[Kind, Moment]] = {
 def gaussian_tensors(
     posterior: Sequence[Flat],
     noise: ContextNoise,
-    variances: PriorVariances | None = None,
+    priors: Priors | None = None,
     number: Number = "divergence",
     named: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, GaussianTensor], list[Tensor]]:
@@ -36,19 +36,20 @@ def gaussian_tensors(
     Arguments:
         posterior: The parameters of each dtype and device.
         noise: The noise of the context.
-        variances: The variances of the prior, if divergences are wanted.
+        priors: The priors, if divergences are wanted.
         number: Which divergences.
         named: The means and log-variances by name, as functions of leaves also where gradients are
             off, since they may be on again while the context is open.
 
     Returns:
-        The tensors by name, and the number or numbers of each dtype and device, if wanted.
+        The tensors by name, and the number or numbers of each dtype and device, if wanted: what
+        one pass has of them.
     """
     kind, moment = _KINDS[noise.estimator]
     values: dict[str, GaussianTensor] = {}
     numbers: list[Tensor] = []
     for flat in posterior:
-        drawn = _drawn(flat, kind, variances, number)
+        drawn = _drawn(flat, kind, priors, number)
         views: Callable[[str], tuple[Tensor, Tensor]] = _Views(flat)
         means = drawn.means or flat.layout.split(flat.mean.detach())
         if named is not None and not torch.is_grad_enabled():
@@ -126,7 +127,7 @@ class _Views:
 def held_values(
     posterior: Sequence[Flat],
     noise: ContextNoise,
-    variances: PriorVariances | None = None,
+    priors: Priors | None = None,
     named: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
     """Returns what a base holds in the place of its parameters: draws, or Gaussian tensors.
@@ -134,25 +135,25 @@ def held_values(
     Arguments:
         posterior: The parameters of each dtype and device.
         noise: The noise of the context.
-        variances: The variances of the prior, if the divergence is wanted.
+        priors: The priors, if the divergence is wanted.
         named: The means and log-variances by name, as in :func:`gaussian_tensors`.
 
     Returns:
         The values by name, and the divergence of each dtype and device, if wanted.
     """
     if noise.estimator != "weights":
-        return gaussian_tensors(posterior, noise, variances, named=named)
-    drawn = [_drawn(flat, "draws", variances, "divergence") for flat in posterior]
+        return gaussian_tensors(posterior, noise, priors, named=named)
+    drawn = [_drawn(flat, "draws", priors, "divergence") for flat in posterior]
     values: dict[str, Tensor] = {}
     for flat, (_, outputs, _) in zip(posterior, drawn, strict=True):
         values.update(zip(flat.layout.names, outputs, strict=True))
     return values, [d.number for d in drawn if d.number is not None]
 
 
-def _drawn(flat: Flat, kind: Kind, variances: PriorVariances | None, number: Number) -> Drawn:
-    if variances is None:
+def _drawn(flat: Flat, kind: Kind, priors: Priors | None, number: Number) -> Drawn:
+    if priors is None:
         return draw(flat, kind)
-    return draw(flat, kind, number, variances.precision(flat))
+    return draw(flat, kind, number, *priors.flat(flat))
 
 
 def as_dtypes(

@@ -21,11 +21,16 @@ from pyro_bayes.posterior.passes import Kind, Number
 
 Precision: TypeAlias = "float | Tensor | Callable[[Tensor, Tensor], Tensor]"
 r"""The precision :math:`1 / \sigma_p^2` of the prior: of all elements; of each; or a function of
-means and log-variances that returns that of each with which the divergence is least."""
+means and log-variances that returns that of each with which the divergence is least. Where it is 0,
+the divergence counts the negative entropy alone."""
 
 
 def draw(
-    posterior: Flat, kind: Kind = "draws", number: Number | None = None, precision: Precision = 1.0
+    posterior: Flat,
+    kind: Kind = "draws",
+    number: Number | None = None,
+    precision: Precision = 1.0,
+    prior_mean: Tensor | None = None,
 ) -> Drawn:
     r"""Draws parameters, or computes deviations or variances.
 
@@ -35,6 +40,7 @@ def draw(
         number: What to compute in the same pass, if anything. Log-densities of draws are functions
             of the draws, too.
         precision: The precision :math:`1 / \sigma_p^2` of the prior, for divergences.
+        prior_mean: The mean of the prior, a flat tensor, likewise; 0 by default.
 
     Returns:
         Tensors of the parameters' shapes, in order, and the number or numbers, in nats.
@@ -46,8 +52,9 @@ def draw(
     """
     layout, mean, logvar = posterior
     if is_transformed():
-        return _by_formulas(posterior, kind, number, precision)
-    *tensors, spread, value = _Draw.apply(layout, kind, number, precision, mean, logvar)
+        return _by_formulas(posterior, kind, number, precision, prior_mean)
+    prior = precision, prior_mean
+    *tensors, spread, value = _Draw.apply(layout, kind, number, prior, mean, logvar)
     means, outputs = tensors[: -len(layout.parts)], tensors[-len(layout.parts) :]
     if number == "log_densities":
         value = _LogDensity.apply(layout, spread, value, mean, logvar, *outputs)
@@ -55,14 +62,18 @@ def draw(
 
 
 def divergence(
-    posterior: Flat, precision: Precision = 1.0, number: Number = "divergence"
+    posterior: Flat,
+    precision: Precision = 1.0,
+    number: Number = "divergence",
+    prior_mean: Tensor | None = None,
 ) -> Tensor:
-    r"""Computes :math:`D_{KL}(q \| \mathcal{N}(0, \sigma_p^2))`.
+    r"""Computes :math:`D_{KL}(q \| \mathcal{N}(\mu_p, \sigma_p^2))`.
 
     Arguments:
         posterior: The posterior.
         precision: The precision :math:`1 / \sigma_p^2`.
         number: Whether it is summed over all parameters, or one number for each.
+        prior_mean: The mean :math:`\mu_p`, a flat tensor; 0 by default.
 
     Returns:
         The divergence in nats, a 0-dim tensor, or a vector.
@@ -74,8 +85,8 @@ def divergence(
     """
     layout, mean, logvar = posterior
     if is_transformed():
-        return _divergence_by_formula(posterior, number, precision)
-    *_, value = _Draw.apply(layout, None, number, precision, mean, logvar)
+        return _divergence_by_formula(posterior, number, precision, prior_mean)
+    *_, value = _Draw.apply(layout, None, number, (precision, prior_mean), mean, logvar)
     return value  # type: ignore[no-any-return]
 
 
@@ -83,12 +94,18 @@ def _present(precision: Precision, mean: Tensor, logvar: Tensor) -> float | Tens
     return precision(mean, logvar) if callable(precision) else precision
 
 
-def _by_formulas(posterior: Flat, kind: Kind, number: Number | None, precision: Precision) -> Drawn:
+def _by_formulas(
+    posterior: Flat,
+    kind: Kind,
+    number: Number | None,
+    precision: Precision,
+    prior_mean: Tensor | None,
+) -> Drawn:
     layout, mean, logvar = posterior
     means = [] if kind == "draws" else layout.split(mean)
     value: Tensor | None = None
     if number in ("divergence", "divergences"):
-        value = _divergence_by_formula(posterior, number, precision)
+        value = _divergence_by_formula(posterior, number, precision, prior_mean)
     if kind == "variances":
         return Drawn(means, layout.split(logvar.exp()), value)
     spread = gaussian.draw(torch.zeros_like(mean), logvar)
@@ -106,10 +123,13 @@ def _deviation(spread: Tensor, draw: Tensor, mean: Tensor) -> Tensor:
     return spread.detach() + (draw - draw.detach()) - (mean - mean.detach())
 
 
-def _divergence_by_formula(posterior: Flat, number: Number, precision: Precision) -> Tensor:
+def _divergence_by_formula(
+    posterior: Flat, number: Number, precision: Precision, prior_mean: Tensor | None
+) -> Tensor:
     layout, mean, logvar = posterior
     precision = _present(precision, mean, logvar)
-    terms = layout.without_fixed(gaussian.divergence_terms(mean, logvar, precision))
+    every = gaussian.divergence_terms(mean, logvar, precision, prior_mean)
+    terms = layout.without_fixed(every)
     return terms.sum() if number == "divergence" else layout.sums(terms)
 
 
@@ -122,15 +142,16 @@ class _Draw(torch.autograd.Function):
         layout: Layout,
         kind: Kind | None,
         number: Number | None,
-        precision: Precision,
+        prior: tuple[Precision, Tensor | None],
         mean: Tensor,
         logvar: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.kind, ctx.precision = layout, kind, precision
+        ctx.layout, ctx.kind, ctx.prior = layout, kind, prior
         ctx.is_log = number == "log_densities"
-        ctx.present = _present(precision, mean, logvar) if number else 1.0
-        output, spread, value = passes.sample(layout, kind, mean, logvar, number, ctx.present)
+        precision, prior_mean = prior
+        ctx.present = (_present(precision, mean, logvar) if number else 1.0), prior_mean
+        output, spread, value = passes.sample(layout, kind, mean, logvar, number, *ctx.present)
         if kind is None:
             ctx.kept = Kept(mean, logvar, None)
             return (value,)
@@ -156,11 +177,12 @@ class _Draw(torch.autograd.Function):
             warn_of_use(ctx.layout, of_means)
         if of_means is None and of_outputs is None and of_number is None:
             return (None,) * 6
-        compute, precision = passes.gradients, ctx.present
+        compute: Any = passes.gradients
+        prior = ctx.present
         if torch.is_grad_enabled() or is_batched(grads):
-            compute, precision = _gradients_by_formula, ctx.precision
+            compute, prior = _gradients_by_formula, ctx.prior
         weight = 1.0 if ctx.kind == "variances" else 0.5
-        rest = of_means, of_outputs, of_number, precision
+        rest = of_means, of_outputs, of_number, *prior
         gradients = compute(ctx.layout, weight, mean, logvar, spread, *rest)
         if ctx.layout.checks and compute is passes.gradients:  # other uses are looked at later
             for gradient in gradients:
@@ -201,6 +223,7 @@ def _gradients_by_formula(
     of_outputs: Sequence[Tensor | None] | None,
     of_number: Tensor | None,
     precision: Precision,
+    prior_mean: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`passes.gradients` returns, differentiable."""
     of_mean, of_logvar = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -214,7 +237,8 @@ def _gradients_by_formula(
     if of_number is not None:
         factor = of_number if of_number.dim() == 0 else layout.spread(of_number)
         present = _present(precision, mean, logvar)
-        of_mean = of_mean + factor * present * mean
+        deviation = mean if prior_mean is None else mean - prior_mean
+        of_mean = of_mean + factor * present * deviation
         of_logvar = of_logvar + 0.5 * factor * (present * logvar.exp() - 1)
     return of_mean, of_logvar
 

@@ -88,19 +88,23 @@ def log_densities(value: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (squares + logvar + math.log(2 * math.pi))
 
 
-def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) -> Tensor:
-    r"""Returns :math:`D_{KL}(\mathcal{N}(\mu, \sigma^2) \| \mathcal{N}(0, \sigma_p^2))` by element.
+def divergence_terms(
+    mean: Tensor, logvar: Tensor, precision: float | Tensor, prior_mean: Tensor | None = None
+) -> Tensor:
+    r"""Returns :math:`D_{KL}(\mathcal{N}(\mu, \sigma^2) \| \mathcal{N}(\mu_p, \sigma_p^2))`.
 
-    .. math:: \frac{1}{2} \left[ e^a - 1 - a + \frac{\mu^2}{\sigma_p^2} \right],
+    .. math:: \frac{1}{2} \left[ e^a - 1 - a + \frac{(\mu - \mu_p)^2}{\sigma_p^2} \right],
               \qquad a = \log \frac{\sigma^2}{\sigma_p^2}
 
     Each is a sum of non-negative terms, so that a posterior close to the prior keeps its small
-    divergence.
+    divergence. A precision of 0 stands for no prior at all, :math:`\log p = 0`: the term is the
+    negative entropy :math:`-\frac{1}{2} \log 2 \pi e \sigma^2`.
 
     Arguments:
         mean: The means :math:`\mu`, of any shape.
         logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
-        precision: The precision :math:`1 / \sigma_p^2 > 0` of the prior, a number or a tensor.
+        precision: The precision :math:`1 / \sigma_p^2 \ge 0` of the prior, a number or a tensor.
+        prior_mean: The mean :math:`\mu_p` of the prior, of the same shape; 0 by default.
 
     Returns:
         The divergences in nats, of the same shape.
@@ -109,6 +113,25 @@ def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) ->
         >>> divergence_terms(torch.ones(2), torch.zeros(2), 1.0)
         tensor([0.5000, 0.5000])
     """
-    log = precision.log() if isinstance(precision, Tensor) else math.log(precision)
-    a = logvar + log
-    return 0.5 * (torch.expm1(a) - a + mean.square() * precision)
+    deviation = mean if prior_mean is None else mean - prior_mean
+    a = logvar + log_precision(precision)
+    excess = torch.expm1(logvar + _log(precision))
+    terms: Tensor = 0.5 * (excess - a + deviation.square() * precision)
+    return terms
+
+
+def log_precision(precision: float | Tensor) -> Any:
+    r"""Returns :math:`\log (1 / \sigma_p^2)`, and :math:`\log 2 \pi` where there is no prior.
+
+    Arguments:
+        precision: The precision, a number or a tensor; 0 where there is no prior.
+    """
+    if isinstance(precision, Tensor):
+        return torch.where(precision > 0, precision, 2 * math.pi).log()
+    return math.log(precision or 2 * math.pi)
+
+
+def _log(precision: float | Tensor) -> Any:
+    if isinstance(precision, Tensor):
+        return precision.log()
+    return math.log(precision) if precision else -math.inf

@@ -46,9 +46,9 @@ def divergence_terms(mean: Tensor, logvar: Tensor, precision: float | Tensor) ->
     """Returns the divergence of each element, as :func:`gaussian.divergence_terms` does."""
     terms, each = torch.empty_like(mean), isinstance(precision, Tensor)
     number = 0.0 if isinstance(precision, Tensor) else precision
-    shift = 0.0 if each else math.log(number)
+    shift = 0.0 if each else math.log(number or 2 * math.pi)
     _launch(_divergence, mean, logvar, precision if each else mean, terms, number, shift,
-            mean.numel(), each=each)  # fmt: skip
+            mean.numel(), each=each, none=not each and number == 0)  # fmt: skip
     return terms
 
 
@@ -121,7 +121,7 @@ def _rows(mean, scale, out, seed, start, size, stride, blocks, block: tl.constex
 @triton.jit
 def _divergence(
     mean, logvar, precisions, terms, precision, shift, size,
-    each: tl.constexpr, block: tl.constexpr,
+    each: tl.constexpr, none: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = i < size
@@ -130,7 +130,7 @@ def _divergence(
     p = precision
     if each:
         p = tl.load(precisions + i, mask=mask, other=1.0)
-        r = r + tl.log(p)
+        r = r + tl.log(tl.where(p > 0, p, 6.283185307179586))
     else:
         r = r + shift
     # e^r - 1 - r by its series where the difference would lose digits.
@@ -138,6 +138,10 @@ def _divergence(
     for k in tl.static_range(8, 2, -1):
         series = 1.0 + r / k * series
     terms_ = tl.where(tl.abs(r) < 0.5, 0.5 * r * r * series, tl.exp(r) - 1.0 - r)
+    if none:
+        terms_ = -1.0 - r
+    if each:  # where there is no prior, the negative entropy
+        terms_ = tl.where(p > 0, terms_, -1.0 - r)
     tl.store(terms + i, 0.5 * (terms_ + m * m * p), mask=mask)
 
 

@@ -31,6 +31,7 @@ def sample(
     logvar: Tensor,
     number: Number | None,
     precision: float | Tensor,
+    prior_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Draws all parameters, or computes deviations or variances, or a divergence alone.
 
@@ -40,7 +41,9 @@ def sample(
         mean: The means :math:`\mu`, a flat tensor.
         logvar: The :math:`\log \sigma^2`, likewise.
         number: What to compute beside, in nats, if anything.
-        precision: The precision :math:`1 / \sigma_p^2` of the prior, of all elements or of each.
+        precision: The precision :math:`1 / \sigma_p^2` of the prior, of all elements or of each; 0
+            for elements whose negative entropy is wanted.
+        prior_mean: The mean of the prior, a flat tensor; 0 by default.
 
     Returns:
         What was asked for, a flat tensor; the deviations of draws, or the same again; the number.
@@ -53,13 +56,15 @@ def sample(
         if number == "log_densities":
             terms = gaussian.log_densities(spread, torch.zeros_like(mean), logvar)
         else:
-            terms = device.divergence_terms(mean, logvar, precision)
+            deviation = mean if prior_mean is None else mean - prior_mean
+            terms = device.divergence_terms(deviation, logvar, precision)
         terms = layout.without_fixed(terms)
         return output, spread, terms.sum() if number == "divergence" else layout.sums(terms)
     output = torch.empty_like(mean) if kind else mean
     spread = torch.empty_like(mean) if kind == "draws" else output
     sums = _Sums(layout, number, mean)
-    for chunk, m, v, o, s, p in layout.pieces(mean, logvar, output, spread, precision):
+    tensors = mean, logvar, output, spread, precision, prior_mean
+    for chunk, m, v, o, s, p, c in layout.pieces(*tensors):
         total = None
         if kind in (None, "variances"):
             variances = torch.exp(v, out=s) if kind else v.exp()
@@ -74,7 +79,7 @@ def sample(
             if kind == "draws":
                 torch.add(m, s, out=o)
         if number in ("divergence", "divergences"):
-            sums.add_divergence(chunk, m, v, total, p)
+            sums.add_divergence(chunk, m if c is None else m - c, v, total, p)
     return output, spread, sums.result() if number else None
 
 
@@ -88,6 +93,7 @@ def gradients(
     of_outputs: Sequence[Tensor | None] | None,
     of_number: Tensor | None,
     precision: float | Tensor,
+    prior_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the gradients by :math:`\mu` and :math:`\log \sigma^2`, flat tensors.
 
@@ -102,11 +108,12 @@ def gradients(
         mean_lines = None if of_means is None else layout.lines(of_means)
     device = kernels(mean)
     if device:
+        deviation = mean if prior_mean is None else mean - prior_mean
         rest = spread, mean_lines, lines, of_number, precision, weight
-        return device.gradients(layout, mean, logvar, *rest)  # type: ignore[no-any-return]
+        return device.gradients(layout, deviation, logvar, *rest)  # type: ignore[no-any-return]
     of_mean, of_logvar = torch.empty_like(mean), torch.empty_like(mean)
     tensors = mean, logvar, of_mean, of_logvar, mean if spread is None else spread, precision
-    for chunk, m, v, a, b, s, p in layout.pieces(*tensors):
+    for chunk, m, v, a, b, s, p, c in layout.pieces(*tensors, prior_mean):
         of_output = None if lines is None else layout.gather(lines, chunk, mean)
         direct = of_output
         if mean_lines is not lines:
@@ -120,6 +127,7 @@ def gradients(
         if of_output is not None:
             b.addcmul_(of_output, s, value=weight)
         by = 2 * half * p
+        m = m if c is None else m - c
         if direct is None:
             torch.mul(m, by, out=a)
         elif isinstance(by, Tensor):
@@ -173,7 +181,10 @@ class _Sums:
     def add_divergence(
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
-        r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand."""
+        r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand.
+
+        The means are those less the prior's.
+        """
         size, fixed = len(m), self._layout.fixed_in(chunk)
         if fixed is not None:
             m, v = m.index_fill(0, fixed, 0.0), v.index_fill(0, fixed, 0.0)
@@ -182,11 +193,10 @@ class _Sums:
             ratio = float(total) * precision
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
-                logs = float(v.sum()) + size * math.log(precision)
+                logs = float(v.sum()) + size * gaussian.log_precision(precision)
                 self._total += ratio + float(torch.dot(m, m)) * precision - size - logs
                 return
-        a = v + (precision.log() if isinstance(precision, Tensor) else math.log(precision))
-        self.add(chunk, (torch.expm1(a) - a).add_(m.square().mul_(precision)))
+        self.add(chunk, 2 * gaussian.divergence_terms(m, v, precision))
 
     def result(self) -> Tensor:
         """Returns the number or numbers."""

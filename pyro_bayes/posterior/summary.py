@@ -22,6 +22,8 @@ class Row:
         why: The pattern that decided, or why no pattern could, and how many elements are fixed
             because they carry no information.
         prior: The prior, or whether a deterministic parameter trains.
+        divergence: Whether the divergence from the prior is `"exact"` or a `"Monte Carlo"`
+            estimate; empty if the parameter is not included.
         signal: The current mean of :math:`|\mu| / \sigma` over the elements; `None` if none is
             random.
         noise: What an estimator reached in a forward pass; `None` if none was made.
@@ -36,9 +38,10 @@ class Row:
     signal: float | None
     noise: str | None = None
     count: int = 0
+    divergence: str = ""
 
 
-_HEADERS = ("parameter", "shape", "included", "why", "prior", "mean |μ|/σ")
+_HEADERS = ("parameter", "shape", "included", "why", "prior", "KL", "mean |μ|/σ")
 
 
 class Summary:
@@ -68,7 +71,8 @@ class Summary:
             included = "yes" if row.included else "no"
             shape = "×".join(map(str, row.shape)) or "()"
             noise = [row.noise or ""] if with_noise else []
-            rows.append([row.parameter, shape, included, row.why, row.prior, signal, *noise])
+            prior = row.prior, row.divergence
+            rows.append([row.parameter, shape, included, row.why, *prior, signal, *noise])
         headers = [*_HEADERS, "noise"] if with_noise else _HEADERS
         print_table(self.title, headers, rows, right=_HEADERS[-1:])
         if self.note is not None:
@@ -85,7 +89,7 @@ def summarize(
     choices: Sequence[Choice],
     parameters: Mapping[str, nn.Parameter],
     posterior: Mapping[str, tuple[Tensor, Tensor]],
-    describe: Callable[[str], str],
+    describe: Callable[[str], tuple[str, str]],
     uses: Mapping[str, Sequence[str]] | None,
     note: str | None,
 ) -> Summary:
@@ -98,13 +102,14 @@ def summarize(
         parameters: The parameters by name.
         posterior: The means and log-variances of those that are included; an element whose
             log-variance is :math:`-\infty` is fixed.
-        describe: Returns the prior of a parameter in words, by its name.
+        describe: Returns the prior of a parameter, and how its divergence is computed, in words.
         uses: What became of each parameter in a forward pass, if one was made.
         note: What else is to be known.
     """
     rows = []
     for choice in choices:
         signal, noise, count = None, None if uses is None else "deterministic", 0
+        divergence = ""
         why = choice.reason
         parameter = parameters[choice.name]
         prior = "none, trains" if parameter.requires_grad else "none, fixed"
@@ -116,11 +121,12 @@ def summarize(
                 why += f", {free.numel() - count} elements fixed"
                 mean, logvar = mean[free], logvar[free]
             signal = (mean.abs() * (-0.5 * logvar).exp()).mean().item() if count else None
-            prior = describe(choice.name)
+            prior, divergence = describe(choice.name)
             noise = None if uses is None else "; ".join(uses.get(choice.name, ["not used"]))
         name = " = ".join((choice.name, *choice.aliases))
         shape = tuple(parameter.shape)
-        rows.append(Row(name, shape, choice.included, why, prior, signal, noise, count))
+        row = Row(name, shape, choice.included, why, prior, signal, noise, count, divergence)
+        rows.append(row)
     contents = (
         f"{sum(row.count for row in rows)} Bayesian parameters, '{store_name}' in the param store"
     )

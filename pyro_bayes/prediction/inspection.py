@@ -25,7 +25,8 @@ class InspectedModule(PredictingModule):
         r"""Prints a table of the parameters.
 
         Its columns are the name, the shape, whether the parameter is included and by which
-        pattern, the prior, and the current mean of :math:`|\mu| / \sigma`. With arguments, one
+        pattern, the prior, whether the divergence from it is exact or a Monte Carlo estimate, and
+        the current mean of :math:`|\mu| / \sigma`. With arguments, one
         forward pass of the base is made, and a further column tells what an estimator reached:
         local noise or flipout, or one draw of the parameter, and which operator asked for it. The
         pass leaves no trace: buffers, the state of random numbers and gradients are as before.
@@ -68,8 +69,8 @@ class InspectedModule(PredictingModule):
                     function(base, *inputs)
         title = f"{type(self).__name__} of {type(self._base).__name__}"
         parts = self.choices, self.swap.originals, self._guide.posterior()
-        describe = self._guide.variances.describe
-        return summarize(title, self._guide.store_name, *parts, describe, uses, note)
+        say = self._guide.priors.explain
+        return summarize(title, self._guide.store_name, *parts, say, uses, note)
 
     def check(
         self,

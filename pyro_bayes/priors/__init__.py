@@ -1,5 +1,18 @@
 """Priors p(θ) of a model's parameters."""
 
-from pyro_bayes.priors.variance import Empirical
+from pyro_bayes.priors.empirical import Empirical
+from pyro_bayes.priors.gaussian import Gaussian, fan_in, glorot, he, radford
+from pyro_bayes.priors.hierarchical import Hierarchical
+from pyro_bayes.priors.sparse import Horseshoe, ScaleMixture
 
-__all__ = ["Empirical"]
+__all__ = [
+    "Empirical",
+    "Gaussian",
+    "Hierarchical",
+    "Horseshoe",
+    "ScaleMixture",
+    "fan_in",
+    "glorot",
+    "he",
+    "radford",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_mask
 
@@ -31,9 +30,9 @@ class ExactKL:
         noise: The kind of noise inside of the lifted base.
 
     Example:
-        >>> from pyro_bayes.pyro_bridge.prior import GaussianPrior
+        >>> from pyro_bayes.pyro_bridge.prior import PriorModule
         >>> parameters = {"w": torch.nn.Parameter(torch.ones(2))}
-        >>> prior = GaussianPrior(parameters, variance=1.0)
+        >>> prior = PriorModule(parameters)
         >>> guide = MeanField(prior, parameters, init_logvar=0.0, store_name="doc")
         >>> round(pyro.infer.Trace_ELBO().loss(prior, ExactKL(guide, ContextNoise("weights"))), 4)
         1.0
@@ -54,16 +53,14 @@ class ExactKL:
         noise = self._noise.fresh()
         with distinct_sites(), _Statements(noise):
             posterior = self._guide.statements()
-            joint, variances = Joint(posterior), self._guide.variances
-            gaussians, numbers = gaussian_tensors(posterior, noise, variances, "divergences")
+            joint, priors = Joint(posterior), self._guide.priors
+            gaussians, numbers = gaussian_tensors(posterior, noise, priors, "divergences")
             names = [name for flat in posterior for name in flat.layout.names]
             divergences = [number for each in numbers for number in each.unbind()]
-            joint.note(variances, dict(zip(names, divergences, strict=True)))
+            joint.note(priors, dict(zip(names, divergences, strict=True)))
             noise.divergence = joint.divergence
-            return {
-                site: pyro.sample(site, Posterior(joint, name, gaussians[name]))
-                for site, name in self._guide.sites.items()
-            }
+            sites = {name: Posterior(joint, name, value) for name, value in gaussians.items()}
+            return self._guide.sample_sites(sites)
 
 
 class _Statements(Messenger):

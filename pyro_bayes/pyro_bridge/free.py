@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
@@ -26,6 +27,44 @@ class FreeElements(constraints.Constraint):
         """Tells whether tensors of shape `(*, shape)` are in the support."""
         valid = (value == value) & (~self.fixed | (value == self.value))
         return valid.flatten(value.dim() - self.event_dim).all(-1)
+
+
+class HeldElements(TorchDistribution):
+    """A distribution some elements of which always have given values, and no density.
+
+    Arguments:
+        base: The distribution of the others, whose elements are independent.
+        value: A tensor with these values.
+        fixed: Which elements have them.
+    """
+
+    support = constraints.real
+
+    def __init__(self, base: TorchDistribution, value: Tensor, fixed: Tensor) -> None:
+        if base.event_shape:
+            raise ValueError(
+                "Expected independent elements in the prior of a parameter with padding or pruned"
+                f" elements, which are not random; got {type(base).__name__} with event shape"
+                f" {tuple(base.event_shape)}."
+            )
+        self.base, self.value, self.fixed = base, value, fixed
+        self.has_rsample = base.has_rsample
+        super().__init__(base.batch_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> HeldElements:
+        return HeldElements(self.base.expand(batch_shape), self.value, self.fixed)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.where(self.fixed, self.value, self.base.sample(sample_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return torch.where(self.fixed, self.value, self.base.rsample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # A density may have a pole at the value.
+        free = value.masked_fill(self.fixed, 1.0)
+        log_prob: Tensor = self.base.log_prob(free)
+        return log_prob.masked_fill(self.fixed, 0.0)
 
 
 class Scatter(Transform):

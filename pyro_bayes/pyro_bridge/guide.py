@@ -19,9 +19,12 @@ from pyro_bayes.posterior.draws import draw
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.posterior.memory import Leaves, Memory
 from pyro_bayes.posterior.rounding import keeping_precision, wide
+from pyro_bayes.priors.parameter import NormalPrior
+from pyro_bayes.priors.priors import Priors
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.joint import Joint
-from pyro_bayes.pyro_bridge.prior import GaussianPrior, distinct_sites
+from pyro_bayes.pyro_bridge.prior import PriorModule, distinct_sites, scale_site
+from pyro_bayes.pyro_bridge.scales import PriorScales
 from pyro_bayes.pyro_bridge.site import Posterior
 
 if TYPE_CHECKING:
@@ -45,11 +48,14 @@ class MeanField(AutoNormal):
         memory: Where :math:`\mu` and :math:`\log \sigma^2` are, with modules of them under the
             parameters' own names.
         sites: The parameters' names by the names of their sites.
-        variances: The variances of the prior.
+        priors: The prior of each parameter.
+        prior_scales: The posterior of the deviations of hierarchical priors.
+        scale_sites: The parameters' names by the names of the sites of these.
         store_name: What stands in front of the names in Pyro's param store.
 
     Arguments:
-        prior: The prior over the same parameters.
+        prior: The prior over the same parameters, a Pyro module.
+        priors: The prior of each.
         parameters: The included parameters by dotted name, the initial means.
         init_logvar: The initial :math:`\log \sigma^2`.
         site_prefix: What stands in front of each site's name.
@@ -64,7 +70,7 @@ class MeanField(AutoNormal):
 
     Example:
         >>> parameters = {"w": nn.Parameter(torch.ones(2))}
-        >>> prior = GaussianPrior(parameters, variance=1.0)
+        >>> prior = PriorModule(parameters)
         >>> guide = MeanField(prior, parameters, init_logvar=-9.0, store_name="doc")
         >>> guide.median()
         {'w': tensor([1., 1.])}
@@ -72,9 +78,10 @@ class MeanField(AutoNormal):
 
     def __init__(
         self,
-        prior: GaussianPrior,
+        prior: PriorModule,
         parameters: Mapping[str, nn.Parameter],
         *,
+        priors: Priors | None = None,
         init_logvar: float,
         store_name: str,
         site_prefix: str = "",
@@ -90,8 +97,13 @@ class MeanField(AutoNormal):
             for name, p in parameters.items()
         }
         self.memory = Memory(self, initial, leaves, fixed)
-        self.variances = GaussianPrior.variances_of(prior)
+        self.priors = priors or Priors(
+            {n: NormalPrior(n, p.shape, 1.0) for n, p in parameters.items()}
+        )
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
+        self.prior_scales = PriorScales(self.priors, parameters)
+        hierarchical = self.prior_scales.by_name()
+        self.scale_sites = {scale_site(s): n for s, n in self.sites.items() if n in hierarchical}
         self._wished_name = store_name
         self.store_name = store.claim(store_name, self)
         with _constructing.turn():
@@ -160,10 +172,33 @@ class MeanField(AutoNormal):
                 _, outputs, log_probs = draw(flat, "draws", "log_densities")
                 pairs = zip(outputs, log_probs.unbind(), strict=True)  # type: ignore[union-attr]
                 draws.update(zip(flat.layout.names, pairs, strict=True))
-            return {
-                site: pyro.sample(site, Posterior(joint, name, *draws[name]))
-                for site, name in self.sites.items()
-            }
+            return self.sample_sites({n: Posterior(joint, n, *draws[n]) for n in draws})
+
+    def sample_sites(self, posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
+        """Makes the sample statements, of deviations of hierarchical priors before the parameters'.
+
+        Arguments:
+            posteriors: The distribution of each parameter by dotted name.
+
+        Returns:
+            The values by the names of sites.
+        """
+        values: dict[str, Any] = {}
+        for site, name in self.sites.items():
+            if scale_site(site) in self.scale_sites:
+                fn = self.prior_scales.statement(name, f"{self.store_name}.prior_scales")
+                values[scale_site(site)] = pyro.sample(scale_site(site), fn)
+            values[site] = pyro.sample(site, posteriors[name])
+        return values
+
+    def drop_scales(self, name: str) -> None:
+        """Forgets the deviations of a parameter whose prior is another now.
+
+        Arguments:
+            name: The dotted name of the parameter.
+        """
+        self.prior_scales.drop(name)
+        self.scale_sites = {site: own for site, own in self.scale_sites.items() if own != name}
 
     def statements(self) -> list[Flat]:
         r"""Makes the `pyro.param` statements of all leaves.
@@ -180,7 +215,8 @@ class MeanField(AutoNormal):
 
     def stored(self) -> dict[str, nn.Parameter]:
         """Returns the leaves by their full names in Pyro's param store."""
-        return {f"{self.store_name}.{key}": leaf for key, leaf in self.memory.stored().items()}
+        own = {f"{self.store_name}.{key}": leaf for key, leaf in self.memory.stored().items()}
+        return own | self.prior_scales.stored(f"{self.store_name}.prior_scales")
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # The prior is all that the prototype runs: running the base would change the statistics of
@@ -197,7 +233,9 @@ class MeanField(AutoNormal):
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns the medians by the names of the sites, which are the means."""
-        return {site: self._get_loc_and_scale(site)[0].clone() for site in self.sites}
+        scales = self.prior_scales.by_name()
+        medians = {site: scales[name][0].exp() for site, name in self.scale_sites.items()}
+        return medians | {s: self._get_loc_and_scale(s)[0].clone() for s in self.sites}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -211,13 +249,17 @@ class MeanField(AutoNormal):
         Returns:
             Tensors with a dimension for the levels on their left.
         """
-        results = {}
-        for site in self.sites:
-            mean, scale = self._get_loc_and_scale(site)
+
+        def quantile(mean: Tensor, scale: Tensor) -> Tensor:
             levels = torch.as_tensor(quantiles, dtype=mean.dtype, device=mean.device)
-            levels = levels.reshape(-1, *[1] * mean.dim())
-            steps = torch.special.ndtri(levels) * scale
-            results[site] = mean + torch.where(scale > 0, steps, 0.0)
+            steps = torch.special.ndtri(levels.reshape(-1, *[1] * mean.dim())) * scale
+            return mean + torch.where(scale > 0, steps, 0.0)
+
+        scales = self.prior_scales.by_name()
+        results = {site: quantile(*self._get_loc_and_scale(site)) for site in self.sites}
+        for site, name in self.scale_sites.items():
+            mean, logvar = scales[name]
+            results[site] = quantile(mean, (0.5 * logvar).exp()).exp()
         return results
 
     # State
@@ -255,7 +297,8 @@ class MeanField(AutoNormal):
         loaded = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         if strict:
             missing_keys += [prefix + key for key in named if key not in loaded]
-            unexpected_keys += [prefix + key for key in loaded if key not in named]
+            others = (key for key in loaded if not key.startswith("prior_scales."))
+            unexpected_keys += [prefix + key for key in others if key not in named]
         for key in named.keys() & loaded.keys():
             if loaded[key].shape != named[key].shape:
                 error_msgs.append(

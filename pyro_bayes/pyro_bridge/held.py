@@ -18,7 +18,7 @@ from pyro_bayes.base.state import preserve_random_state
 from pyro_bayes.noise.context import ContextNoise, context_noise
 from pyro_bayes.noise.inputs import Inputs, batch_size
 from pyro_bayes.noise.tensors import as_dtypes, held_values
-from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.priors.priors import Priors
 from pyro_bayes.pyro_bridge.module import PosteriorModule
 
 _HERE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -162,17 +162,18 @@ class HeldModule(PosteriorModule):
         self._examples.look(self._base, values, noise, self._hold_unseen, inputs)
 
     def values(
-        self, noise: ContextNoise, variances: PriorVariances | None = None
+        self, noise: ContextNoise, priors: Priors | None = None
     ) -> tuple[Mapping[str, Tensor], list[Tensor]]:
         """Returns what the base holds in a context, and divergences if they are wanted.
 
         Arguments:
             noise: The noise of the context.
-            variances: The variances of the prior, if divergences are wanted.
+            priors: The priors, if divergences are wanted.
 
         Returns:
-            The values by the names of parameters, and the divergence of each dtype and device.
+            The values by the names of parameters, and numbers whose sum is the divergence.
         """
         flats, memory = self._flats(), self._guide.memory
         named = None if torch.is_grad_enabled() else memory.by_name()
-        return held_values(flats, noise, variances, named)
+        values, numbers = held_values(flats, noise, priors, named)
+        return values, [*numbers, *(priors.rest(flats).values() if priors else ())]

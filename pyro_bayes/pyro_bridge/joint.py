@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_transformed
 from pyro_bayes.posterior.layout import Flat
-from pyro_bayes.priors.variance import PriorVariances
+from pyro_bayes.priors.priors import Priors
 from pyro_bayes.pyro_bridge.expectation import Expectation
 
 
@@ -40,23 +40,23 @@ class Joint:
         masks = (flat.layout.masks for flat in self._posterior)
         return next((mask[name] for mask in masks if name in mask), None)
 
-    def divergence(self, name: str, variances: PriorVariances) -> Tensor:
-        r"""Returns :math:`D_{KL}(q \| p)` of one parameter, which one pass computes for all.
+    def divergence(self, name: str, priors: Priors) -> Tensor:
+        r"""Returns what one pass for all parameters has of the divergence of one.
 
         Arguments:
             name: The name of the parameter.
-            variances: The variances of the priors.
+            priors: The priors.
         """
         # What was computed without a gradient does not serve where one is wanted.
         self._met.add(name)
-        key = (id(variances), torch.is_grad_enabled())
+        key = (id(priors), torch.is_grad_enabled())
         if key not in self._divergences:
-            self._divergences[key] = variances.kl_divergences(self._posterior)
+            self._divergences[key] = priors.pass_divergences(self._posterior)
         return self._divergences[key][name]
 
-    def note(self, variances: PriorVariances, divergences: dict[str, Tensor]) -> None:
+    def note(self, priors: Priors, divergences: dict[str, Tensor]) -> None:
         """Keeps divergences that were computed together with draws."""
-        self._divergences[id(variances), torch.is_grad_enabled()] = divergences
+        self._divergences[id(priors), torch.is_grad_enabled()] = divergences
 
     def log_density(self, name: str, zeros: Tensor) -> Tensor:
         """Returns the log-density of a site whose value is a Gaussian tensor, which is 0.

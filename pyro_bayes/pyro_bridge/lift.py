@@ -12,12 +12,12 @@ from pyro_bayes.noise.context import context_noise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.exact_kl import ExactKL
-from pyro_bayes.pyro_bridge.held import HeldModule
 from pyro_bayes.pyro_bridge.particles import LiftMessenger, Particles, stack
 from pyro_bayes.pyro_bridge.prior import distinct_sites
+from pyro_bayes.pyro_bridge.regularized import RegularizedModule
 
 
-class LiftedModule(HeldModule):
+class LiftedModule(RegularizedModule):
     """A base, its prior and its guide, with the calls that a Pyro model needs."""
 
     @contextmanager

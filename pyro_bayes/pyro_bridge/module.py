@@ -24,7 +24,7 @@ from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.pyro_bridge import store
 from pyro_bayes.pyro_bridge.files import check_whole, keep_half
 from pyro_bayes.pyro_bridge.guide import MeanField
-from pyro_bayes.pyro_bridge.prior import GaussianPrior
+from pyro_bayes.pyro_bridge.prior import PriorModule, expect_tensors
 from pyro_bayes.pyro_bridge.tie import Tie
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class PosteriorModule(PyroModule):
     """
 
     base: nn.Module
-    prior: GaussianPrior
+    prior: PriorModule
     guide: MeanField
 
     def __init__(
-        self, base: nn.Module, prior: GaussianPrior, guide: MeanField, choices: Sequence[Choice]
+        self, base: nn.Module, prior: PriorModule, guide: MeanField, choices: Sequence[Choice]
     ) -> None:
         """Makes the module, whose class describes the arguments."""
         super().__init__()
@@ -157,7 +157,7 @@ class PosteriorModule(PyroModule):
         return self._modules["base"]  # type: ignore[return-value]
 
     @property
-    def _prior(self) -> GaussianPrior:
+    def _prior(self) -> PriorModule:
         return self._modules["prior"]  # type: ignore[return-value]
 
     @property
@@ -305,6 +305,8 @@ def _add_included(
     model._check_closed()
     model._pull()
     model._take_over()  # what is loaded must not reach another model's means
+    for name in expect_tensors(model._prior, state, f"{prefix}prior."):
+        model._guide.drop_scales(name)
     for choice in model.choices:
         mean = state.get(f"{prefix}guide.means.{choice.name}")
         if mean is not None:

@@ -19,7 +19,7 @@ from pyro_bayes.base.torch_private import open_traces, tree_leaves, tree_map, tr
 from pyro_bayes.noise.context import ContextNoise, ParticleNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor, drawn
 from pyro_bayes.noise.inputs import Inputs
-from pyro_bayes.pyro_bridge.prior import Prior
+from pyro_bayes.pyro_bridge.prior_site import Prior
 
 _FILTER = "particles"
 """The plate of :class:`pyro.infer.SMCFilter`, which hands values on from run to run."""

@@ -26,7 +26,7 @@ from pyro_bayes.base.mutex import Mutex
 _owners: dict[str, weakref.ref[Any]] = {}
 _registered: dict[int, weakref.ref[nn.Parameter]] = {}
 _mutex = Mutex("the names of models and their values in Pyro's param store")
-_OWN = re.compile(r"(mean|logvar)(_\d+)?$|(means|logvars|base|likelihood)\.")
+_OWN = re.compile(r"(mean|logvar)(_\d+)?$|(means|logvars|prior_scales|base|likelihood)\.")
 
 
 def claim(name: str, owner: object) -> str:

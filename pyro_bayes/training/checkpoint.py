@@ -177,7 +177,7 @@ def identity(
         "base": type(objective.model.base).__name__,
         "likelihood": type(objective.likelihood).__name__,
         "num_data": str(objective.num_data),
-        "prior_var": str(objective.model.guide.variances),
+        "prior": str(objective.model.guide.priors),
         "optimizer": f"{type(optimizer).__name__} of {groups} parameters",
         "scheduler": type(scheduler).__name__,
         **{name: str(value) for name, value in others.items()},

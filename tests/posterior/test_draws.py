@@ -13,7 +13,9 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from pyro_bayes.posterior import draws, gaussian, layout
 from pyro_bayes.posterior.draws import Flat
 from pyro_bayes.posterior.layout import Layout
-from pyro_bayes.priors.variance import Empirical, PriorVariances
+from pyro_bayes.priors.empirical import Empirical
+from pyro_bayes.priors.parameter import NormalPrior
+from pyro_bayes.priors.priors import Priors
 
 PARAMETERS = {
     "w": torch.empty(4, 3),
@@ -41,7 +43,9 @@ RULES = dict.fromkeys(PARAMETERS, Empirical()) | {"none": 2.0, "b": 0.5, "w": Em
 PRECISIONS = {
     "number": lambda flat: 2.5,
     "each": lambda flat: torch.linspace(0.5, 4.0, flat.layout.size).to(flat.mean),
-    "empirical": lambda flat: PriorVariances(RULES).precision(flat),
+    "empirical": lambda flat: Priors(
+        {n: NormalPrior(n, PARAMETERS[n].shape, rule) for n, rule in RULES.items()}
+    ).flat(flat)[0],
 }
 
 CHANGED = "modified (by an )?inplace"

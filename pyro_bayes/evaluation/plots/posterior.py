@@ -41,8 +41,7 @@ def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
     """
     posterior = _random(bnn)
     scales = {name: (0.5 * logvar).exp() for name, (_, logvar) in posterior.items()}
-    variances = {name: bnn.guide.variances.present(name) for name in posterior}
-    lines = {name: torch.as_tensor(value).sqrt() for name, value in variances.items()}
+    lines = {name: bnn.guide.priors.deviations(name) for name in posterior}
     return _ridges(ax, scales, "posterior deviation σ", lines=lines, name="prior")
 
 

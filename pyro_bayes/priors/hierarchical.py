@@ -1,0 +1,219 @@
+"""A Gaussian prior whose deviation is random itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_bayes.posterior.rounding import wide
+from pyro_bayes.priors.distribution import as_like, converted, describe
+from pyro_bayes.priors.empirical import Empirical, check_dims
+from pyro_bayes.priors.parameter import ParameterPrior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_NODES = 64
+_LOG_VAR = -4.0
+"""The variance of a deviation's logarithm, at the start."""
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchical:
+    r"""A Gaussian prior whose deviation :math:`\sigma_p` has a prior and a posterior of its own.
+
+    .. math:: \theta_i \mid \sigma_p \sim \mathcal{N}(0, \sigma_p^2), \qquad
+              \sigma_p \sim p(\sigma_p), \qquad q(\log \sigma_p) = \mathcal{N}(a, b^2)
+
+    The posterior is log-normal, independent of that of the weights, and trains with it. In Pyro,
+    :math:`\sigma_p` is a sample site, `<name of the parameter>.scale`. The divergence from the
+    joint prior is in closed form, but for :math:`\mathbb{E}_q[\log p(\sigma_p)]`, which is computed
+    by Gauss–Hermite quadrature. In Pyro's ELBOs, :math:`\sigma_p` is a draw.
+
+    Arguments:
+        scale: The prior of :math:`\sigma_p`, a distribution over positive numbers.
+        each: `"tensor"` for one deviation per tensor, or the dimensions each of whose indices has
+            one of its own, as in :class:`~pyro_bayes.priors.empirical.Empirical`.
+
+    References:
+        | Prior Distributions for Variance Parameters in Hierarchical Models (Gelman, 2006)
+        | https://doi.org/10.1214/06-BA117A
+
+    Example:
+        >>> from pyro_bayes import BayesianModel
+        >>> net = torch.nn.Linear(3, 8)
+        >>> bnn = BayesianModel(net, prior=Hierarchical(scale=dist.HalfCauchy(0.1)))
+        >>> sorted(bnn.guide())
+        ['bias', 'bias.scale', 'weight', 'weight.scale']
+    """
+
+    scale: Any = field(default_factory=lambda: dist.HalfCauchy(0.1))
+    each: Literal["tensor"] | int | tuple[int, ...] = "tensor"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, Distribution) or self.scale.batch_shape:
+            raise ValueError(
+                "Expected scale to be a distribution of one positive number, such as"
+                f" dist.HalfCauchy(0.1); got {self.scale!r}."
+            )
+        support = self.scale.support
+        if support not in (constraints.positive, constraints.nonnegative):
+            raise ValueError(
+                "Expected scale to be a distribution over all positive numbers, such as"
+                f" dist.HalfCauchy(0.1); got {type(self.scale).__name__}, over {support}."
+            )
+        if self.each != "tensor":
+            Empirical(self.each)  # checks it
+
+    def of(self, name: str, parameter: Tensor) -> HierarchicalPrior:
+        """Returns the prior of one parameter.
+
+        Arguments:
+            name: The dotted name of the parameter.
+            parameter: The parameter.
+
+        Raises:
+            ValueError: If the parameter lacks a dimension.
+        """
+        dims = () if self.each == "tensor" else Empirical(self.each).dims
+        check_dims(dims, name, parameter.shape)
+        like = torch.zeros((), dtype=wide(parameter.dtype), device=parameter.device)
+        return HierarchicalPrior(name, parameter.shape, converted(self.scale, as_like(like)), dims)
+
+
+class HierarchicalPrior(ParameterPrior):
+    r"""The prior :math:`\mathcal{N}(0, \sigma_p^2)` of each element, with a random deviation.
+
+    Arguments:
+        name: The dotted name of the parameter.
+        shape: Its shape.
+        scale: The prior of the deviation.
+        dims: The dimensions each of whose indices has a deviation of its own.
+
+    Attributes:
+        scale_shape: The shape of the deviations: `()`, or one that broadcasts to the parameter's.
+    """
+
+    follows = True
+
+    def __init__(
+        self, name: str, shape: torch.Size, scale: Distribution, dims: tuple[int, ...]
+    ) -> None:
+        """Makes the prior, whose class describes the arguments."""
+        super().__init__(name, shape)
+        self._scale = scale
+        kept = {dim % len(shape) for dim in dims}
+        self._summed = tuple(dim for dim in range(len(shape)) if dim not in kept)
+        sizes = [size if dim in kept else 1 for dim, size in enumerate(shape)]
+        self.scale_shape = torch.Size(sizes if kept else ())
+
+    def scales(self, like: Tensor) -> dist.TorchDistribution:
+        """Returns the prior of the deviations.
+
+        Arguments:
+            like: A tensor of the dtype and device.
+        """
+        own = converted(self._scale, as_like(like)).expand(self.scale_shape)
+        return own.to_event(len(self.scale_shape))  # type: ignore[no-any-return]
+
+    def initial(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns the initial mean and log-variance of :math:`\log \sigma_p`.
+
+        It starts at the prior's median, where that is known, else at 1. The initial weights are
+        narrow: a prior that starts there keeps wide networks from learning.
+
+        Arguments:
+            like: A tensor of the dtype and device.
+        """
+        try:
+            start = float(self._scale.icdf(torch.tensor(0.5).to(like)).log())
+        except NotImplementedError:
+            start = 0.0
+        shape = self.scale_shape
+        return like.new_full(shape, start), like.new_full(shape, _LOG_VAR)
+
+    def elements(self, like: Tensor, scale: Tensor | None = None) -> dist.TorchDistribution:
+        if scale is None:
+            scale = self.scales(like)()
+        batch = scale.shape[: scale.dim() - len(self.scale_shape)]
+        if not self.scale_shape:
+            scale = scale.reshape(*batch, *[1] * len(self.shape))
+        normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
+        return normal.expand((*batch, *self.shape))  # type: ignore[no-any-return]
+
+    def cross_entropy_given(
+        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, scale: Tensor
+    ) -> Tensor:
+        r"""Returns :math:`-\mathbb{E}_q[\log p(\theta \mid \sigma_p)]` in nats.
+
+        Arguments:
+            mean: The means :math:`\mu`, of the parameter's shape.
+            logvar: The log-variances :math:`\log \sigma^2`, likewise.
+            fixed: Which elements are not random, and left out.
+            scale: The deviations, with batch dimensions on the left.
+        """
+        return self._cross_entropy(mean, logvar, fixed, scale.square().reciprocal(), scale.log())
+
+    def cross_entropy_and_divergence(
+        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, scale: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        r"""Returns :math:`-\mathbb{E}_q[\log p(\theta \mid \sigma_p)] + D_{KL}(q \| p)(\sigma_p)`.
+
+        Arguments:
+            mean: The means :math:`\mu`, of the parameter's shape.
+            logvar: The log-variances :math:`\log \sigma^2`, likewise.
+            fixed: Which elements are not random, and left out.
+            scale: The means and log-variances of :math:`\log \sigma_p`.
+        """
+        a, log_b2 = scale
+        precision = (2 * (log_b2.exp() - a)).exp()
+        entropy = a + 0.5 * (log_b2 + math.log(2 * math.pi) + 1)
+        nodes, weights = (t.to(a) for t in _hermite())
+        u = a + (0.5 * log_b2).exp() * nodes.reshape(-1, *[1] * a.dim())
+        own = converted(self._scale, as_like(a))
+        log_p = torch.tensordot(weights, own.log_prob(u.exp()), 1)
+        cross = self._cross_entropy(mean, logvar, fixed, precision, a)
+        divergence: Tensor = cross - (entropy + log_p).sum()
+        return divergence
+
+    def _cross_entropy(
+        self,
+        mean: Tensor,
+        logvar: Tensor,
+        fixed: Tensor | None,
+        precision: Tensor,
+        log_scale: Tensor,
+    ) -> Tensor:
+        moments, free = torch.addcmul(logvar.exp(), mean, mean), torch.ones_like(mean)
+        if fixed is not None:
+            moments, free = moments.masked_fill(fixed, 0.0), free.masked_fill(fixed, 0.0)
+        if self._summed:
+            keep = bool(self.scale_shape)
+            moments, free = (t.sum(self._summed, keepdim=keep) for t in (moments, free))
+        log_normal = log_scale + 0.5 * math.log(2 * math.pi)
+        terms = 0.5 * moments * precision + free * log_normal
+        return terms.sum([*range(-len(self.scale_shape), 0)]) if self.scale_shape else terms
+
+    def describe(self) -> str:
+        return f"N(0, σ²), σ ~ {describe(self._scale)}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._scale = converted(self._scale, fn)
+        super()._apply(fn, recurse)
+        return self
+
+
+@cache
+def _hermite() -> tuple[Tensor, Tensor]:
+    """Returns nodes and weights of expectations over a standard normal variable."""
+    # The nodes are the eigenvalues of the recurrence of Hermite's polynomials.
+    off = torch.arange(1, _NODES, dtype=torch.double).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes, vectors[0].square()
