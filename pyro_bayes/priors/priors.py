@@ -269,8 +269,10 @@ class Priors:
             deviations: Tensor = rule.elements(torch.zeros(())).stddev
         except NotImplementedError:
             return torch.empty(0)
-        return deviations[deviations.isfinite()].unique()
-
+        finite: Tensor = deviations[deviations.isfinite()]
+        finite: Any = deviations[deviations.isfinite()]
+        unique: Tensor = finite.unique()
+        return unique
     def __str__(self) -> str:
         rules = {name: rule.describe() for name, rule in self.rules.items()}
         return next(iter(rules.values())) if len(set(rules.values())) == 1 else str(rules)
