@@ -266,13 +266,12 @@ class Priors:
         if isinstance(rule, HierarchicalPrior):
             return self._scales()[name][0].exp()
         try:
-            deviations: Tensor = rule.elements(torch.zeros(())).stddev
+            deviations: Any = rule.elements(torch.zeros(())).stddev
         except NotImplementedError:
             return torch.empty(0)
-        finite: Tensor = deviations[deviations.isfinite()]
-        finite: Any = deviations[deviations.isfinite()]
-        unique: Tensor = finite.unique()
-        return unique
+        finite: Tensor = deviations[deviations.isfinite()].unique()
+        return finite
+
     def __str__(self) -> str:
         rules = {name: rule.describe() for name, rule in self.rules.items()}
         return next(iter(rules.values())) if len(set(rules.values())) == 1 else str(rules)
