@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bayes import BayesianModel
+from pyro_bayes.priors import Gaussian
 
 NOISE_VAR = 0.25
 PRIOR_VAR = 2.0
@@ -20,25 +21,29 @@ class Problem:
 
     x: Tensor
     y: Tensor
+    prior_mean: Tensor
+    prior_var: Tensor
 
     @classmethod
-    def make(cls, n: int = 40) -> "Problem":
+    def make(cls, n: int = 40, prior_mean=(0.0,) * 3, prior_var=(PRIOR_VAR,) * 3) -> "Problem":
         generator = torch.Generator().manual_seed(1)
         options = {"generator": generator, "dtype": torch.float64}
         x = torch.randn(n, 3, **options) @ torch.tensor(
             [[1.0, 0.4, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 0.7]], dtype=torch.float64
         )
         w = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-        return cls(x, x @ w + math.sqrt(NOISE_VAR) * torch.randn(n, **options))
+        y = x @ w + math.sqrt(NOISE_VAR) * torch.randn(n, **options)
+        return cls(x, y, *(torch.tensor(v, dtype=torch.float64) for v in (prior_mean, prior_var)))
 
     @property
     def precision(self) -> Tensor:
-        return self.x.T @ self.x / NOISE_VAR + torch.eye(3, dtype=torch.float64) / PRIOR_VAR
+        return self.x.T @ self.x / NOISE_VAR + torch.diag(1 / self.prior_var)
 
     @property
     def mean(self) -> Tensor:
         """The mean of the exact posterior, and of the best mean-field one."""
-        return torch.linalg.solve(self.precision, self.x.T @ self.y / NOISE_VAR)
+        products = self.x.T @ self.y / NOISE_VAR + self.prior_mean / self.prior_var
+        return torch.linalg.solve(self.precision, products)
 
     @property
     def variance(self) -> Tensor:
@@ -50,13 +55,16 @@ class Problem:
         n = len(self.y)
         squares = (self.y - self.x @ mean).square().sum() + (self.x.square() @ variance).sum()
         likelihood = -0.5 * n * math.log(2 * math.pi * NOISE_VAR) - 0.5 * squares / NOISE_VAR
-        ratio = variance / PRIOR_VAR
-        kl = 0.5 * (ratio + mean.square() / PRIOR_VAR - 1 - ratio.log()).sum()
+        ratio, squares = variance / self.prior_var, (mean - self.prior_mean).square()
+        kl = 0.5 * (ratio + squares / self.prior_var - 1 - ratio.log()).sum()
         return likelihood - kl
 
     def model(self) -> BayesianModel:
         net = nn.Linear(3, 1, bias=False, dtype=torch.float64)
-        return BayesianModel(net, init_logvar=-4.0, prior_var=PRIOR_VAR)
+        if (self.prior_mean == 0).all() and (self.prior_var == PRIOR_VAR).all():
+            return BayesianModel(net, init_logvar=-4.0, prior_var=PRIOR_VAR)
+        prior = Gaussian(var=self.prior_var[None], mean=self.prior_mean[None])
+        return BayesianModel(net, init_logvar=-4.0, prior=prior)
 
     def optimum(self) -> BayesianModel:
         bnn = self.model()
