@@ -215,20 +215,26 @@ def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """Returns a copy of a distribution with its tensors converted, which checks no arguments.
 
     Arguments:
-        value: The distribution, or a part of one.
+        value: The distribution.
         convert: What converts a tensor.
     """
+    return _converted(value, convert, {})
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+    if id(value) in known:  # a transform and its inverse refer to each other
+        return known[id(value)]
     if isinstance(value, Tensor):
         return convert(value)
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)._apply(convert)
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(converted(item, convert) for item in value)
+        return type(value)(_converted(item, convert, known) for item in value)
     if isinstance(value, dict):
-        return {key: converted(item, convert) for key, item in value.items()}
+        return {key: _converted(item, convert, known) for key, item in value.items()}
     if isinstance(value, Distribution | Transform):
-        new = copy.copy(value)
-        vars(new).update({k: converted(v, convert) for k, v in vars(new).items()})
+        new = known[id(value)] = copy.copy(value)
+        vars(new).update({k: _converted(v, convert, known) for k, v in vars(new).items()})
         if isinstance(new, Distribution):
             new._validate_args = False
         return new

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyro_bayes.base.checks import check_positive
 from pyro_bayes.posterior.rounding import wide
 from pyro_bayes.priors.distribution import as_like, converted, describe
 from pyro_bayes.priors.empirical import Empirical, check_dims
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 _NODES = 64
 _LOG_VAR = -4.0
 """The variance of a deviation's logarithm, at the start."""
+
+
+Each: TypeAlias = "Literal['tensor', 'element'] | int | tuple[int, ...]"
+"""What has a deviation of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +44,9 @@ class Hierarchical:
 
     Arguments:
         scale: The prior of :math:`\sigma_p`, a distribution over positive numbers.
-        each: `"tensor"` for one deviation per tensor, or the dimensions each of whose indices has
-            one of its own, as in :class:`~pyro_bayes.priors.empirical.Empirical`.
+        each: `"tensor"` for one deviation per tensor, `"element"` for one per element, or the
+            dimensions each of whose indices has one of its own, as in
+            :class:`~pyro_bayes.priors.empirical.Empirical`.
 
     References:
         | Prior Distributions for Variance Parameters in Hierarchical Models (Gelman, 2006)
@@ -55,7 +61,7 @@ class Hierarchical:
     """
 
     scale: Any = field(default_factory=lambda: dist.HalfCauchy(0.1))
-    each: Literal["tensor"] | int | tuple[int, ...] = "tensor"
+    each: Each = "tensor"
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, Distribution) or self.scale.batch_shape:
@@ -69,8 +75,7 @@ class Hierarchical:
                 "Expected scale to be a distribution over all positive numbers, such as"
                 f" dist.HalfCauchy(0.1); got {type(self.scale).__name__}, over {support}."
             )
-        if self.each != "tensor":
-            Empirical(self.each)  # checks it
+        _dims(self.each, 0)  # checks it
 
     def of(self, name: str, parameter: Tensor) -> HierarchicalPrior:
         """Returns the prior of one parameter.
@@ -82,10 +87,62 @@ class Hierarchical:
         Raises:
             ValueError: If the parameter lacks a dimension.
         """
-        dims = () if self.each == "tensor" else Empirical(self.each).dims
+        dims = _dims(self.each, parameter.dim())
         check_dims(dims, name, parameter.shape)
         like = torch.zeros((), dtype=wide(parameter.dtype), device=parameter.device)
         return HierarchicalPrior(name, parameter.shape, converted(self.scale, as_like(like)), dims)
+
+
+@dataclass(frozen=True, eq=False)
+class Horseshoe:
+    r"""The horseshoe: a Gaussian prior with a half-Cauchy deviation for each element.
+
+    .. math:: \theta_i \mid \lambda_i \sim \mathcal{N}(0, \lambda_i^2), \qquad
+              \lambda_i \sim \mathrm{C}^+(\tau)
+
+    It has a pole at 0 and tails like those of a Cauchy distribution: it pulls small weights to 0,
+    and leaves large ones as they are. With `each=0`, whole outputs of a linear map go. It is
+    :class:`Hierarchical` with these arguments, whose deviations are random and have a posterior:
+    for each element, two more numbers are learned.
+
+    Arguments:
+        scale: The global scale :math:`\tau`.
+        each: What has a deviation of its own, as in :class:`Hierarchical`.
+
+    References:
+        | The Horseshoe Estimator for Sparse Signals (Carvalho et al., 2010)
+        | https://doi.org/10.1093/biomet/asq017
+
+        | Structured Variational Learning of Bayesian Neural Networks with Horseshoe Priors
+          (Ghosh et al., 2018)
+        | https://arxiv.org/abs/1806.05975
+
+    Example:
+        >>> from pyro_bayes import BayesianModel
+        >>> bnn = BayesianModel(torch.nn.Linear(3, 8), prior=Horseshoe(0.1))
+        >>> bnn.guide()["weight.scale"].shape
+        torch.Size([8, 3])
+    """
+
+    scale: float = 0.1
+    each: Each = "element"
+
+    def __post_init__(self) -> None:
+        check_positive("scale", self.scale)
+        _dims(self.each, 0)  # checks it
+
+    def of(self, name: str, parameter: Tensor) -> HierarchicalPrior:
+        """Returns the prior of one parameter.
+
+        Arguments:
+            name: The dotted name of the parameter.
+            parameter: The parameter.
+
+        Raises:
+            ValueError: If the parameter lacks a dimension.
+        """
+        scale = torch.tensor(self.scale, dtype=torch.double)
+        return Hierarchical(dist.HalfCauchy(scale), self.each).of(name, parameter)
 
 
 class HierarchicalPrior(ParameterPrior):
@@ -208,6 +265,12 @@ class HierarchicalPrior(ParameterPrior):
         self._scale = converted(self._scale, fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _dims(each: Any, count: int) -> tuple[int, ...]:
+    if each in ("tensor", "element"):
+        return tuple(range(count)) if each == "element" else ()
+    return Empirical(each).dims
 
 
 @cache

@@ -100,10 +100,10 @@ class Prior(dist.Independent):
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
-        """The support, in which elements that carry no information have their values."""
+        """The real numbers, but for elements that carry no information and have their values."""
         fixed = self.priors.fixed(self.name)
         if fixed is None:
-            return super().support  # type: ignore[no-any-return]
+            return constraints.independent(constraints.real, len(self._event_shape))
         return FreeElements(self.priors.mean(self.name).to(self._like), fixed)
 
     @lazy_property
