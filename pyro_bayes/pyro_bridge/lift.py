@@ -94,6 +94,9 @@ class LiftedModule(RegularizedModule):
         weights or, if asked, has local noise or flipout, as in :meth:`reparameterize`, with
         :class:`pyro.infer.TraceMeanField_ELBO` as well. It trains the parameters of `guide`.
 
+        Where Pyro enumerates, the weights are drawn under each estimator, with a warning: outputs
+        that share an enumerated variable need their joint distribution.
+
         Scale or mask the model and the guide alike, and let the model sample each site from its own
         prior: all else is refused. So are importance weights, as in :class:`pyro.infer.RenyiELBO`
         or :class:`pyro.infer.Importance`, which need densities of draws and hence `guide` itself.
