@@ -72,7 +72,8 @@ class LiftedModule(RegularizedModule):
             if batched:
                 yield Particles(
                     self._base, self.hold, values, batched, messenger.depth or 0, event_dim,
-                    sites=self._guide.sites, filters=messenger.filters, look=self._look,
+                    sites=[*self._guide.sites, *self._guide.scale_sites],
+                    filters=messenger.filters, look=self._look,
                 )  # fmt: skip
             else:
                 kept = (v.noise for v in values.values() if isinstance(v, GaussianTensor))

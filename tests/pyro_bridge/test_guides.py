@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_bayes import BayesianModel
+from pyro_bayes.priors import Hierarchical
 
 either = pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorized"])
 
@@ -92,6 +93,26 @@ def test_delta_is_least_where_ridge_regression_is():
     torch.testing.assert_close(loss.detach(), expected)
     (gradient,) = torch.autograd.grad(loss, list(guide.parameters()))
     assert gradient.abs().max() < 1e-4
+
+
+@either
+def test_random_deviations_have_sites_for_every_guide(vectorize):
+    x, y = torch.randn(8, 3), torch.randn(8)
+    prior = Hierarchical(scale=dist.HalfCauchy(0.3))
+    bnn = BayesianModel(nn.Linear(3, 1, bias=False), prior=prior)
+
+    def model():
+        with bnn.lift(event_dim=2) as net:
+            mean = net(x)[..., 0]
+        pyro.factor("y", Normal(mean, 0.5).log_prob(y).sum(-1))
+
+    guide = AutoDelta(model)
+    weight, scale = (guide()[name] for name in ("weight", "weight_scale"))
+    joint = Normal((x @ weight.T).squeeze(-1), 0.5).log_prob(y).sum()
+    joint += Normal(0.0, scale).log_prob(weight).sum() + prior.scale.log_prob(scale)
+    # As many particles as examples: the deviations do not make the input suspicious.
+    elbo = Trace_ELBO(len(x), 0, vectorize_particles=vectorize)
+    assert elbo.loss(model, guide) == pytest.approx(-joint.item(), rel=1e-5)
 
 
 FIRST = torch.tensor([0.3, 0.7])
