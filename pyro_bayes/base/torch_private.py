@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pyro.poutine import Trace, runtime
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -35,6 +36,7 @@ __all__ = [
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
     "is_batched",
+    "is_enumerated",
     "is_transformed",
     "open_traces",
     "outside_transforms",
@@ -220,3 +222,8 @@ def wrapper_subclass(cls: type[Tensor], like: Tensor) -> Any:
 def open_traces() -> list[Trace]:
     """Returns the traces that Pyro is recording, the outermost first."""
     return [h.trace for h in runtime._PYRO_STACK if isinstance(h, TraceMessenger)]
+
+
+def is_enumerated() -> bool:
+    """Tells whether Pyro runs this model or guide to enumerate discrete variables."""
+    return any(isinstance(h, EnumMessenger) for h in runtime._PYRO_STACK)

@@ -38,7 +38,7 @@ class Hierarchical:
               \sigma_p \sim p(\sigma_p), \qquad q(\log \sigma_p) = \mathcal{N}(a, b^2)
 
     The posterior is log-normal, independent of that of the weights, and trains with it. In Pyro,
-    :math:`\sigma_p` is a sample site, `<name of the parameter>.scale`. The divergence from the
+    :math:`\sigma_p` is a sample site, `<name of the parameter>_scale`. The divergence from the
     joint prior is in closed form, but for :math:`\mathbb{E}_q[\log p(\sigma_p)]`, which is computed
     by Gauss–Hermite quadrature. In Pyro's ELBOs, :math:`\sigma_p` is a draw.
 
@@ -57,7 +57,7 @@ class Hierarchical:
         >>> net = torch.nn.Linear(3, 8)
         >>> bnn = BayesianModel(net, prior=Hierarchical(scale=dist.HalfCauchy(0.1)))
         >>> sorted(bnn.guide())
-        ['bias', 'bias.scale', 'weight', 'weight.scale']
+        ['bias', 'bias_scale', 'weight', 'weight_scale']
     """
 
     scale: Any = field(default_factory=lambda: dist.HalfCauchy(0.1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_mask
 
+from pyro_bayes.base.torch_private import is_enumerated
 from pyro_bayes.noise.context import ContextNoise
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.noise.tensors import gaussian_tensors
@@ -50,7 +52,7 @@ class ExactKL:
         """
         if get_mask() is False:  # as in pyro.infer.Predictive, which hands values on
             return self._guide()  # type: ignore[no-any-return]
-        noise = self._noise.fresh()
+        noise = self._fresh_noise()
         with distinct_sites(), _Statements(noise):
             posterior = self._guide.statements()
             joint, priors = Joint(posterior), self._guide.priors
@@ -61,6 +63,23 @@ class ExactKL:
             noise.divergence = joint.divergence
             sites = {name: Posterior(joint, name, value) for name, value in gaussians.items()}
             return self._guide.sample_sites(sites)
+
+    def _fresh_noise(self) -> ContextNoise:
+        """Returns the noise of one run: one draw of the weights where Pyro enumerates.
+
+        A sum over an enumerated variable that several outputs depend on needs their joint
+        distribution. Local noise and flipout have that of each example alone.
+        """
+        if self._noise.estimator == "weights" or not is_enumerated():
+            return self._noise.fresh()
+        warnings.warn(
+            "Expected exact_kl(local_trick=False) where Pyro enumerates; got"
+            f" {self._noise.estimator!r} noise, which is independent between examples, so that an"
+            " enumerated variable that they share would have a wrong loss. One draw of the weights"
+            " is used instead. Leave local_trick out.",
+            stacklevel=3,
+        )
+        return ContextNoise("weights")
 
 
 class _Statements(Messenger):

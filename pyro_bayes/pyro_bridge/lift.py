@@ -72,7 +72,8 @@ class LiftedModule(RegularizedModule):
             if batched:
                 yield Particles(
                     self._base, self.hold, values, batched, messenger.depth or 0, event_dim,
-                    sites=self._guide.sites, filters=messenger.filters, look=self._look,
+                    sites=[*self._guide.sites, *self._guide.scale_sites],
+                    filters=messenger.filters, look=self._look,
                 )  # fmt: skip
             else:
                 kept = (v.noise for v in values.values() if isinstance(v, GaussianTensor))
@@ -93,6 +94,9 @@ class LiftedModule(RegularizedModule):
         variance is lower, and plates, scales and masks hold. The lifted base is one draw of the
         weights or, if asked, has local noise or flipout, as in :meth:`reparameterize`, with
         :class:`pyro.infer.TraceMeanField_ELBO` as well. It trains the parameters of `guide`.
+
+        Where Pyro enumerates, the weights are drawn under each estimator, with a warning: outputs
+        that share an enumerated variable need their joint distribution.
 
         Scale or mask the model and the guide alike, and let the model sample each site from its own
         prior: all else is refused. So are importance weights, as in :class:`pyro.infer.RenyiELBO`

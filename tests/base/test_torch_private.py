@@ -121,6 +121,12 @@ def test_open_traces():
     assert private.open_traces() == []
 
 
+def test_is_enumerated():
+    with poutine.enum(first_available_dim=-1), poutine.trace():
+        assert private.is_enumerated()
+    assert not private.is_enumerated()
+
+
 def test_function_after_a_backward_pass():
     calls = []
 

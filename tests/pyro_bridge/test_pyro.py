@@ -19,7 +19,7 @@ from pyro.infer import (
     Trace_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroModule
 from torch import nn
@@ -442,25 +442,6 @@ def test_two_models_in_one_pyro_model(data):
     losses = [svi.step() for _ in range(80)]
     assert sum(losses[-20:]) < sum(losses[:20])
     assert {n.split(".")[0] for n in pyro.get_param_store()} == {"encoder", "decoder"}
-
-
-def test_guide_beside_other_latents(bnn, data):
-    x, y = data
-
-    def model():
-        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
-        with bnn.lift() as net:
-            mean = net(x).squeeze(-1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Normal(mean, noise), obs=y.squeeze(-1))
-
-    guide = AutoGuideList(model)
-    guide.append(AutoNormal(poutine.block(model, expose=["noise"])))
-    guide.append(bnn.guide)
-    svi = SVI(model, guide, adam(), Trace_ELBO())
-    losses = [svi.step() for _ in range(80)]
-    assert sum(losses[-20:]) < sum(losses[:20])
-    assert set(guide.median()) == {"noise", *(n for n, _ in bnn.base.named_parameters())}
 
 
 def test_deterministic_parameters_train_under_svi(net, data, module_local):
