@@ -38,7 +38,7 @@ class Hierarchical:
               \sigma_p \sim p(\sigma_p), \qquad q(\log \sigma_p) = \mathcal{N}(a, b^2)
 
     The posterior is log-normal, independent of that of the weights, and trains with it. In Pyro,
-    :math:`\sigma_p` is a sample site, `<name of the parameter>_scale`. The divergence from the
+    :math:`\sigma_p` is a sample site, `<name of the parameter>_prior_scale`. The divergence from the
     joint prior is in closed form, but for :math:`\mathbb{E}_q[\log p(\sigma_p)]`, which is computed
     by Gauss–Hermite quadrature. In Pyro's ELBOs, :math:`\sigma_p` is a draw.
 
@@ -57,7 +57,7 @@ class Hierarchical:
         >>> net = torch.nn.Linear(3, 8)
         >>> bnn = BayesianModel(net, prior=Hierarchical(scale=dist.HalfCauchy(0.1)))
         >>> sorted(bnn.guide())
-        ['bias', 'bias_scale', 'weight', 'weight_scale']
+        ['bias', 'bias_prior_scale', 'weight', 'weight_prior_scale']
     """
 
     scale: Any = field(default_factory=lambda: dist.HalfCauchy(0.1))
@@ -120,7 +120,7 @@ class Horseshoe:
     Example:
         >>> from pyro_bayes import BayesianModel
         >>> bnn = BayesianModel(torch.nn.Linear(3, 8), prior=Horseshoe(0.1))
-        >>> bnn.guide()["weight.scale"].shape
+        >>> bnn.guide()["weight_prior_scale"].shape
         torch.Size([8, 3])
     """
 

@@ -50,7 +50,7 @@ def scale_site(site: str) -> str:
     Arguments:
         site: The name of the parameter's site.
     """
-    return f"{site}_scale"  # guides such as AutoDelta nest attributes at dots
+    return f"{site}_prior_scale"  # guides such as AutoDelta nest attributes at dots
 
 
 class Present:

@@ -298,7 +298,7 @@ def test_prior_sites_and_draws(prior):
             variance = torch.as_tensor(bnn.guide.priors.present(name))
             own = dist.Normal(torch.as_tensor(rule.center).to(variance), variance.sqrt())
         else:
-            scale = run.nodes.get(f"bnn.{name}.scale", {}).get("value")
+            scale = run.nodes.get(f"bnn.{name}_prior_scale", {}).get("value")
             own = rule.elements(torch.zeros((), **DOUBLE), scale)
         torch.testing.assert_close(site["log_prob"], own.log_prob(site["value"]).sum())
     drawn = bnn.sample_prior()

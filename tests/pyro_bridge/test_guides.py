@@ -107,7 +107,7 @@ def test_random_deviations_have_sites_for_every_guide(vectorize):
         pyro.factor("y", Normal(mean, 0.5).log_prob(y).sum(-1))
 
     guide = AutoDelta(model)
-    weight, scale = (guide()[name] for name in ("weight", "weight_scale"))
+    weight, scale = (guide()[name] for name in ("weight", "weight_prior_scale"))
     joint = Normal((x @ weight.T).squeeze(-1), 0.5).log_prob(y).sum()
     joint += Normal(0.0, scale).log_prob(weight).sum() + prior.scale.log_prob(scale)
     # As many particles as examples: the deviations do not make the input suspicious.
