@@ -38,9 +38,10 @@ class Hierarchical:
               \sigma_p \sim p(\sigma_p), \qquad q(\log \sigma_p) = \mathcal{N}(a, b^2)
 
     The posterior is log-normal, independent of that of the weights, and trains with it. In Pyro,
-    :math:`\sigma_p` is a sample site, `<name of the parameter>_prior_scale`. The divergence from the
-    joint prior is in closed form, but for :math:`\mathbb{E}_q[\log p(\sigma_p)]`, which is computed
-    by Gauss–Hermite quadrature. In Pyro's ELBOs, :math:`\sigma_p` is a draw.
+    :math:`\sigma_p` is a sample site, the parameter's name followed by `_prior_scale`. The
+    divergence from the joint prior is in closed form, but for
+    :math:`\mathbb{E}_q[\log p(\sigma_p)]`, which is computed by Gauss–Hermite quadrature. In Pyro's
+    ELBOs, :math:`\sigma_p` is a draw.
 
     Arguments:
         scale: The prior of :math:`\sigma_p`, a distribution over positive numbers.
