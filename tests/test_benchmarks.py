@@ -15,24 +15,28 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def test_gradient_variance(tmp_path):
+@pytest.fixture
+def script(monkeypatch):
+    """Returns a script as a module; to import it all in a process of its own takes long."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a script may set it
+    return import_module
+
+
+def test_gradient_variance(script, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- gradient-variance -->\n<!-- /gradient-variance -->\nafter\n")
-    script = ROOT / "benchmarks" / "gradient_variance.py"
-    run = [sys.executable, "-W", "error", script, "--smoke", "--output", path]
-    subprocess.run(run, check=True, capture_output=True)
+    script("gradient_variance").main(["--smoke", "--output", str(path)])
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert text.count("| local noise |") >= 4
 
 
-def test_speed(tmp_path):
+def test_speed(script, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- speed -->\n<!-- /speed -->\nafter\n")
-    script = ROOT / "benchmarks" / "speed.py"
-    run = [sys.executable, script, "--smoke", "--nets", "small", "flow", "--output", path]
-    subprocess.run(run, check=True, capture_output=True)
+    script("speed").main(["--smoke", "--nets", "small", "flow", "--output", str(path)])
     text = path.read_text()
     assert text.endswith("after\n")
     written, fused, compared = re.findall(

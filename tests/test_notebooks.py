@@ -31,9 +31,18 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@notebooks
-def test_notebook_runs(path):
-    notebook = execute.execute(path, smoke=True)
+FORGET = nbformat.v4.new_code_cell("""
+import pyro
+pyro.clear_param_store()
+get_ipython().run_line_magic("reset", "-s -f")
+""")
+
+
+def test_notebooks_run(tmp_path):
+    """In small, one after the other in one process: most of their time goes into imports."""
+    sources = [cell.source for path in NOTEBOOKS for cell in (*code(read(path)), FORGET)]
+    cells = map(nbformat.v4.new_code_cell, sources)
+    notebook = execute.execute(write(tmp_path / "all.ipynb", *cells), smoke=True)
     assert list(execute.problems(notebook)) == []
 
 
@@ -41,6 +50,8 @@ def test_notebook_runs(path):
 def test_notebook_follows_the_conventions(path):
     first, *others = code(read(path))
     assert 'SMOKE = "PYRO_BAYES_SMOKE" in os.environ' in first.source
+    # Above, only the first of them imports Pyro and would warn.
+    assert 'warnings.filterwarnings("ignore", message="IProgress not found")' in first.source
     sizes = [cell.source for cell in others if "SMOKE" in cell.source]
     assert len(sizes) <= 1, "sizes are chosen in one place"
     for cell in (first, *others):
