@@ -65,16 +65,15 @@ ELBOS = {
 }
 
 
-@pytest.mark.parametrize("batch_size", [None, 6])
 @pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS)
-def test_svi_trains(bnn, data, module_local, elbo, batch_size):
-    model = make_model(bnn, batch_size=batch_size)
-    svi = SVI(model, bnn.guide, adam(), elbo())
+def test_svi_trains(bnn, data, module_local, elbo):
+    model = make_model(bnn, batch_size=6 if module_local else None)
+    svi = SVI(model, bnn.guide, adam(0.05), elbo())
     before = {name: p.clone() for name, p in bnn.named_parameters()}
-    first = sum(svi.evaluate_loss(*data) for _ in range(20))
-    for _ in range(60):
+    first = sum(svi.evaluate_loss(*data) for _ in range(8))
+    for _ in range(30):
         svi.step(*data)
-    assert sum(svi.evaluate_loss(*data) for _ in range(20)) < first
+    assert sum(svi.evaluate_loss(*data) for _ in range(8)) < 0.7 * first
     assert all(not torch.equal(p, before[name]) for name, p in bnn.named_parameters())
 
 
@@ -94,21 +93,15 @@ def test_traced_elbo_has_the_same_gradients(net, data):
     torch.testing.assert_close(traced, gradients(Trace_ELBO()), rtol=1e-3, atol=0.1)
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_particles_average_the_same_loss(bnn, data, vectorize):
-    model = make_model(bnn)
-    many = Trace_ELBO(num_particles=200, vectorize_particles=vectorize)
-    losses = torch.tensor([Trace_ELBO().loss(model, bnn.guide, *data) for _ in range(400)])
-    average = many.loss(model, bnn.guide, *data)
-    error = losses.std() * (1 / 200 + 1 / 400) ** 0.5
-    assert abs(average - losses.mean()) < 4 * error
-
-
-def test_subsampled_plate_keeps_the_expected_loss(bnn, data):
+def test_particles_and_subsampled_plates_keep_the_expected_loss(bnn, data):
     full, mini = make_model(bnn), make_model(bnn, batch_size=4)
-    a = torch.tensor([Trace_ELBO().loss(full, bnn.guide, *data) for _ in range(300)])
+    a = torch.tensor([Trace_ELBO().loss(full, bnn.guide, *data) for _ in range(400)])
+    for vectorize in (False, True):
+        many = Trace_ELBO(num_particles=200, vectorize_particles=vectorize)
+        average = many.loss(full, bnn.guide, *data)
+        assert abs(average - a.mean()) < 4 * a.std() * (1 / 200 + 1 / 400) ** 0.5
     b = torch.tensor([Trace_ELBO().loss(mini, bnn.guide, *data) for _ in range(300)])
-    assert abs(a.mean() - b.mean()) < 4 * (a.var() / 300 + b.var() / 300).sqrt()
+    assert abs(a.mean() - b.mean()) < 4 * (a.var() / 400 + b.var() / 300).sqrt()
 
 
 def test_kl_of_the_mean_field_elbo_is_exact(bnn, data):
