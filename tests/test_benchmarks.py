@@ -1,8 +1,6 @@
 """The benchmarks run, and say what the README repeats."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -118,7 +116,7 @@ def made(size=40, inputs=3):
     return x, 5 + 3 * x[:, 0] + 0.1 * random.randn(size)
 
 
-def test_uci_table(tmp_path):
+def test_uci_table(uci, tmp_path):
     for name in ("yacht", "boston"):
         x, y = made()
         np.savez(tmp_path / f"{name}.npz", X=x, y=y)
@@ -130,10 +128,10 @@ def test_uci_table(tmp_path):
     csv.write_text("\n".join(rows))
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- uci -->\n<!-- /uci -->\nafter\n")
-    run = [sys.executable, "-W", "error", "-m", "benchmarks.uci", "--data", tmp_path, "--published"]
-    run += [csv, "--datasets", "yacht", "boston", "--splits", "2", "--steps", "3", "--draws", "5"]
-    run += ["--processes", "1", "--batch-size", "20", "--output", path]
-    subprocess.run(run, check=True, capture_output=True, cwd=ROOT)
+    options = ["--data", tmp_path, "--published", csv, "--datasets", "yacht", "boston"]
+    options += ["--splits", 2, "--steps", 3, "--draws", 5]
+    options += ["--processes", 1, "--batch-size", 20, "--output", path]
+    uci["__main__"].main([str(option) for option in options])
     text = path.read_text()
     assert text.endswith("after\n")
     assert text.count("| **pyro_bayes** |") == 2
