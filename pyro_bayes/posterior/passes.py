@@ -68,13 +68,13 @@ def sample(
         total = None
         if kind in (None, "variances"):
             variances = torch.exp(v, out=s) if kind else v.exp()
-            total = variances.sum() if number == "divergence" else None
+            total = _weighted(variances, p) if number == "divergence" else None
         else:
             s.normal_()
             if number == "log_densities":
                 sums.add(chunk, torch.addcmul(v, s, s, out=o))
             scale = torch.mul(v, 0.5).exp_()
-            total = torch.dot(scale, scale) if number == "divergence" else None
+            total = _weighted(scale, p, scale) if number == "divergence" else None
             s.mul_(scale)
             if kind == "draws":
                 torch.add(m, s, out=o)
@@ -181,7 +181,7 @@ class _Sums:
     def add_divergence(
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
-        r"""Adds twice the divergence of a chunk, whose sum of :math:`\sigma^2` may be at hand.
+        r"""Adds twice the divergence of a chunk, with :math:`\sum \sigma^2 / \sigma_p^2` if at hand.
 
         The means are those less the prior's.
         """
@@ -189,12 +189,17 @@ class _Sums:
         if fixed is not None:
             m, v = m.index_fill(0, fixed, 0.0), v.index_fill(0, fixed, 0.0)
             size -= len(fixed)
-        if total is not None and not isinstance(precision, Tensor) and m.is_cpu:
-            ratio = float(total) * precision
+        if total is not None and m.is_cpu:
+            ratio = float(total)
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
-                logs = float(v.sum()) + size * gaussian.log_precision(precision)
-                self._total += ratio + float(torch.dot(m, m)) * precision - size - logs
+                log: Any = gaussian.log_precision(precision)
+                if isinstance(log, Tensor):
+                    log = float((log if fixed is None else log.index_fill_(0, fixed, 0.0)).sum())
+                else:
+                    log *= size
+                squares = float(_weighted(m, precision, m))
+                self._total += ratio + squares - size - float(v.sum()) - log
                 return
         self.add(chunk, 2 * gaussian.divergence_terms(m, v, precision))
 
@@ -210,6 +215,13 @@ class _Sums:
         if all([isinstance(n, float) for n in numbers]):
             return self._like.new_tensor(numbers)
         return torch.stack([torch.as_tensor(n, device=self._like.device) for n in numbers])
+
+
+def _weighted(values: Tensor, precision: float | Tensor, others: Tensor | None = None) -> Tensor:
+    """Returns the sum of values, or of products, times precisions."""
+    if isinstance(precision, Tensor):
+        return torch.dot(values if others is None else values * others, precision)
+    return (values.sum() if others is None else torch.dot(values, others)) * precision
 
 
 def _number(value: Tensor) -> Any:
