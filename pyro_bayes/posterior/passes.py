@@ -181,9 +181,10 @@ class _Sums:
     def add_divergence(
         self, chunk: Chunk, m: Tensor, v: Tensor, total: Tensor | None, precision: float | Tensor
     ) -> None:
-        r"""Adds twice the divergence of a chunk, with :math:`\sum \sigma^2 / \sigma_p^2` if at hand.
+        r"""Adds twice the divergence of a chunk.
 
-        The means are those less the prior's.
+        The means are those less the prior's. Their total of :math:`\sigma^2 / \sigma_p^2` may be at
+        hand.
         """
         size, fixed = len(m), self._layout.fixed_in(chunk)
         if fixed is not None:

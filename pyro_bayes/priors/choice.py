@@ -10,9 +10,10 @@ from torch.distributions import Distribution
 
 from pyro_bayes.base.checks import check_prior_var
 from pyro_bayes.base.selection import Choice, first_matches
-from pyro_bayes.priors.distribution import prior_of_distribution
+from pyro_bayes.priors.distribution import DistributionPrior, prior_of_distribution
 from pyro_bayes.priors.empirical import Empirical
 from pyro_bayes.priors.gaussian import FormerPosterior, Gaussian, check_range
+from pyro_bayes.priors.hierarchical import HierarchicalPrior
 from pyro_bayes.priors.parameter import NormalPrior, ParameterPrior
 from pyro_bayes.priors.priors import Priors
 
@@ -70,7 +71,14 @@ def choose_priors(
     if prior is None:
         return Priors({n: _of_variance(n, parameters[n], value) for n, value in own.items()})
     _check_former(own)
-    return Priors({n: prior_of(n, parameters[n], value) for n, value in own.items()})
+    rules = {n: prior_of(n, parameters[n], value) for n, value in own.items()}
+    groups = {id(value): number for number, value in enumerate(own.values())}
+    for name, rule in rules.items():
+        alike = isinstance(rule, DistributionPrior) and rule.is_alike
+        is_one = isinstance(own[name], Distribution | Specification)
+        if is_one and (alike or isinstance(rule, HierarchicalPrior)):
+            rule.group = groups[id(own[name])]
+    return Priors(rules)
 
 
 def prior_of(name: str, parameter: Tensor, value: Any) -> ParameterPrior:

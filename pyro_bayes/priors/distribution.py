@@ -51,9 +51,23 @@ class DistributionPrior(ParameterPrior):
         own = converted(self._distribution, as_like(like))
         return own.expand(batch_shape)  # type: ignore[no-any-return]
 
-    def cross_entropy(
-        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, num_samples: int
+    @property
+    def is_alike(self) -> bool:
+        """Whether all elements are independent and have the same distribution."""
+        return len(self._distribution.batch_shape + self._distribution.event_shape) == 0
+
+    def cross_entropies(
+        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, num_samples: int = 1
     ) -> Tensor:
+        r"""Returns :math:`-\mathbb{E}_q[\log p(\theta)]` of each element, or of those that belong
+        together, in nats.
+
+        Arguments:
+            mean: The means :math:`\mu`, of the parameter's shape; of any if all elements are alike.
+            logvar: The log-variances :math:`\log \sigma^2`, of the same shape.
+            fixed: Which elements are not random, and left out.
+            num_samples: The number of draws where it is estimated.
+        """
         if fixed is not None:
             if self._dims:
                 raise ValueError(
@@ -65,13 +79,12 @@ class DistributionPrior(ParameterPrior):
             entropy = -gaussian.divergence_terms(mean, logvar, 0.0)
             if self._dims:
                 entropy = entropy.flatten(-self._dims).sum(-1)
-            terms: Any = self._divergence(mean, logvar) + entropy
+            terms: Tensor = self._divergence(mean, logvar) + entropy
         else:
             epsilon = torch.randn_like(mean.expand(num_samples, *mean.shape))
             draws = gaussian.draw(mean, logvar, epsilon)
             terms = -self._distribution.log_prob(draws).mean(0)
-        total: Tensor = (terms if fixed is None else terms.masked_fill(fixed, 0.0)).sum()
-        return total
+        return terms if fixed is None else terms.masked_fill(fixed, 0.0)
 
     def _divergence(self, mean: Tensor, logvar: Tensor) -> Any:
         if not _is_known(self._distribution):

@@ -206,6 +206,23 @@ class HierarchicalPrior(ParameterPrior):
         normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
         return normal.expand((*batch, *self.shape))  # type: ignore[no-any-return]
 
+    def sums(self, moments: Tensor, fixed: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        r"""Returns :math:`\sum_i \mu_i^2 + \sigma_i^2` over what shares a deviation, and its size.
+
+        Arguments:
+            moments: The second moments :math:`\mu^2 + \sigma^2`, of the parameter's shape.
+            fixed: Which elements are not random, and left out.
+        """
+        count: Tensor | float = moments.numel() / max(self.scale_shape.numel(), 1)
+        if fixed is not None:
+            moments, count = moments.masked_fill(fixed, 0.0), (~fixed).to(moments)
+        if self._summed:
+            keep = bool(self.scale_shape)
+            moments = moments.sum(self._summed, keepdim=keep)
+            if isinstance(count, Tensor):
+                count = count.sum(self._summed, keepdim=keep)
+        return moments, count
+
     def cross_entropy_given(
         self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, scale: Tensor
     ) -> Tensor:
@@ -217,47 +234,28 @@ class HierarchicalPrior(ParameterPrior):
             fixed: Which elements are not random, and left out.
             scale: The deviations, with batch dimensions on the left.
         """
-        return self._cross_entropy(mean, logvar, fixed, scale.square().reciprocal(), scale.log())
+        moments, count = self.sums(torch.addcmul(logvar.exp(), mean, mean), fixed)
+        terms = _cross_entropies(moments, count, scale.square().reciprocal(), scale.log())
+        return terms.sum([*range(-len(self.scale_shape), 0)]) if self.scale_shape else terms
 
-    def cross_entropy_and_divergence(
-        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, scale: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def divergences(self, moments: Tensor, count: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
         r"""Returns :math:`-\mathbb{E}_q[\log p(\theta \mid \sigma_p)] + D_{KL}(q \| p)(\sigma_p)`.
 
-        Arguments:
-            mean: The means :math:`\mu`, of the parameter's shape.
-            logvar: The log-variances :math:`\log \sigma^2`, likewise.
-            fixed: Which elements are not random, and left out.
-            scale: The means and log-variances of :math:`\log \sigma_p`.
-        """
-        a, log_b2 = scale
-        precision = (2 * (log_b2.exp() - a)).exp()
-        entropy = a + 0.5 * (log_b2 + math.log(2 * math.pi) + 1)
-        nodes, weights = (t.to(a) for t in _hermite())
-        u = a + (0.5 * log_b2).exp() * nodes.reshape(-1, *[1] * a.dim())
-        own = converted(self._scale, as_like(a))
-        log_p = torch.tensordot(weights, own.log_prob(u.exp()), 1)
-        cross = self._cross_entropy(mean, logvar, fixed, precision, a)
-        divergence: Tensor = cross - (entropy + log_p).sum()
-        return divergence
+        It is that of each deviation, also of several parameters that have the same prior of it.
 
-    def _cross_entropy(
-        self,
-        mean: Tensor,
-        logvar: Tensor,
-        fixed: Tensor | None,
-        precision: Tensor,
-        log_scale: Tensor,
-    ) -> Tensor:
-        moments, free = torch.addcmul(logvar.exp(), mean, mean), torch.ones_like(mean)
-        if fixed is not None:
-            moments, free = moments.masked_fill(fixed, 0.0), free.masked_fill(fixed, 0.0)
-        if self._summed:
-            keep = bool(self.scale_shape)
-            moments, free = (t.sum(self._summed, keepdim=keep) for t in (moments, free))
-        log_normal = log_scale + 0.5 * math.log(2 * math.pi)
-        terms = 0.5 * moments * precision + free * log_normal
-        return terms.sum([*range(-len(self.scale_shape), 0)]) if self.scale_shape else terms
+        Arguments:
+            moments: The sums of second moments of what shares each deviation.
+            count: The numbers of elements that do.
+            mean: The means of :math:`\log \sigma_p`.
+            logvar: The log-variances of :math:`\log \sigma_p`.
+        """
+        precision = (2 * (logvar.exp() - mean)).exp()
+        entropy = mean + 0.5 * (logvar + math.log(2 * math.pi) + 1)
+        nodes, weights = (t.to(mean) for t in _hermite(_NODES if mean.numel() < 4096 else 12))
+        u = mean + (0.5 * logvar).exp() * nodes.reshape(-1, *[1] * mean.dim())
+        log_p = torch.tensordot(weights, self._scale.log_prob(u.exp()), 1)
+        terms: Tensor = _cross_entropies(moments, count, precision, mean) - entropy - log_p
+        return terms
 
     def describe(self) -> str:
         return f"N(0, σ²), σ ~ {describe(self._scale)}"
@@ -274,10 +272,17 @@ def _dims(each: Any, count: int) -> tuple[int, ...]:
     return Empirical(each).dims
 
 
+def _cross_entropies(
+    moments: Tensor, count: Tensor | float, precision: Tensor, log_scale: Tensor
+) -> Tensor:
+    log_normal = log_scale + 0.5 * math.log(2 * math.pi)
+    return 0.5 * moments * precision + count * log_normal
+
+
 @cache
-def _hermite() -> tuple[Tensor, Tensor]:
+def _hermite(count: int) -> tuple[Tensor, Tensor]:
     """Returns nodes and weights of expectations over a standard normal variable."""
     # The nodes are the eigenvalues of the recurrence of Hermite's polynomials.
-    off = torch.arange(1, _NODES, dtype=torch.double).sqrt()
+    off = torch.arange(1, count, dtype=torch.double).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return nodes, vectors[0].square()

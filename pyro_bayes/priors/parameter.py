@@ -21,10 +21,13 @@ class ParameterPrior(nn.Module):
     Attributes:
         is_exact: Whether :math:`\mathbb{E}_q[\log p]` is known in closed form.
         follows: Whether it depends on the present posterior.
+        group: A number that it shares with priors of other parameters which are the same but for
+            the shape, so that they are evaluated together; `None` if there are none.
     """
 
     is_exact = True
     follows = False
+    group: int | None = None
 
     def __init__(self, name: str, shape: torch.Size) -> None:
         """Makes the prior, whose class describes the arguments."""
@@ -37,19 +40,6 @@ class ParameterPrior(nn.Module):
         Arguments:
             like: A tensor of the dtype and device.
             scale: The draw of the deviations, if they are random.
-        """
-        raise NotImplementedError
-
-    def cross_entropy(
-        self, mean: Tensor, logvar: Tensor, fixed: Tensor | None, num_samples: int
-    ) -> Tensor:
-        r"""Returns :math:`-\mathbb{E}_q[\log p(\theta)]` in nats, a 0-dim tensor.
-
-        Arguments:
-            mean: The means :math:`\mu`, of the parameter's shape.
-            logvar: The log-variances :math:`\log \sigma^2`, likewise.
-            fixed: Which elements are not random, and left out.
-            num_samples: The number of draws where it is estimated.
         """
         raise NotImplementedError
 

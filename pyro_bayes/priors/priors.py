@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,7 @@ class Priors:
         for flat in posterior:
             precision, mean = self.flat(flat)
             numbers.append(divergence(flat, precision, prior_mean=mean))
-        return total([*numbers, *self.rest(posterior, num_samples).values()])
+        return total([*numbers, *self.rest_in_total(posterior, num_samples)])
 
     def kl_divergences(self, posterior: Sequence[Flat], num_samples: int = 1) -> dict[str, Tensor]:
         r"""Computes :math:`D_{KL}(q \| p)` of each parameter by name.
@@ -217,23 +217,72 @@ class Priors:
             posterior: The parameters of each dtype and device.
             num_samples: The number of draws where it is estimated.
         """
-        rest: dict[str, Tensor] = {}
-        for layout, mean, logvar in posterior if self._others else ():
-            pairs = zip(layout.split(mean), layout.split(logvar), strict=True)
-            for name, pair in zip(layout.names, pairs, strict=True):
-                if name in self._others:
-                    fixed = layout.masks.get(name)
-                    rest[name] = self._cross_entropy(name, *pair, fixed, num_samples)
-        return rest
+        return {
+            name: own.sum()
+            for names, terms, sizes in self._other_terms(posterior, num_samples)
+            for name, own in zip(names, terms.split(sizes), strict=True)
+        }
 
-    def _cross_entropy(
-        self, name: str, mean: Tensor, logvar: Tensor, fixed: Tensor | None, num_samples: int
-    ) -> Tensor:
-        rule = self.rules[name]
-        if isinstance(rule, HierarchicalPrior):
-            scale = self._scales()[name]
-            return rule.cross_entropy_and_divergence(mean, logvar, fixed, scale)
-        return rule.cross_entropy(mean, logvar, fixed, num_samples)
+    def rest_in_total(self, posterior: Sequence[Flat], num_samples: int = 1) -> list[Tensor]:
+        """Computes numbers whose sum is that of :meth:`rest`.
+
+        Arguments:
+            posterior: The parameters of each dtype and device.
+            num_samples: The number of draws where it is estimated.
+        """
+        return [terms.sum() for _, terms, _ in self._other_terms(posterior, num_samples)]
+
+    def _other_terms(
+        self, posterior: Sequence[Flat], num_samples: int
+    ) -> Iterator[tuple[list[str], Tensor, list[int]]]:
+        """Returns names of parameters, terms of all of these, and how many each has.
+
+        Priors that are alike are evaluated at once: a network has many small parameters.
+        """
+        for layout, *flats in posterior if self._others else ():
+            groups: dict[Any, list[str]] = {}
+            for name in layout.names:
+                if name in self._others:
+                    group = self.rules[name].group
+                    groups.setdefault(name if group is None else group, []).append(name)
+            pairs = zip(*map(layout.split, flats), strict=True) if groups else ()
+            views = dict(zip(layout.names, pairs, strict=True))
+            for names in groups.values():
+                masks = [layout.masks.get(name) for name in names]
+                rule: Any = self.rules[names[0]]
+                if isinstance(rule, HierarchicalPrior):
+                    terms, sizes = self._hierarchical(names, views, masks)
+                elif len(names) > 1:
+                    sizes = [views[name][0].numel() for name in names]
+                    mean, logvar = (
+                        torch.cat([views[n][k].flatten() for n in names]) for k in (0, 1)
+                    )
+                    fixed = None
+                    if any(mask is not None for mask in masks):
+                        none = (torch.zeros_like(views[n][0], dtype=torch.bool) for n in names)
+                        every = (a if m is None else m for m, a in zip(masks, none, strict=True))
+                        fixed = torch.cat([mask.flatten() for mask in every])
+                    terms = rule.cross_entropies(mean, logvar, fixed, num_samples)
+                else:
+                    terms = rule.cross_entropies(*views[names[0]], masks[0], num_samples).flatten()
+                    sizes = [len(terms)]
+                yield names, terms, sizes
+
+    def _hierarchical(
+        self, names: Sequence[str], views: Pairs, masks: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[int]]:
+        present = self._scales()
+        moments, counts, scales = [], [], []
+        for name, mask in zip(names, masks, strict=True):
+            mean, logvar = views[name]
+            rule: Any = self.rules[name]
+            own, count = rule.sums(torch.addcmul(logvar.exp(), mean, mean), mask)
+            moments.append(own.flatten())
+            counts.append(torch.as_tensor(count).to(own).expand(own.shape).flatten())
+            scales.append([scale.flatten() for scale in present[name]])
+        every: list[Any] = [moments, counts, *zip(*scales, strict=True)]
+        divergences: Tensor = rule.divergences(*(torch.cat(own) for own in every))
+        return divergences, [len(own) for own in moments]
 
     def describe(self, name: str) -> str:
         """Says what the prior of a parameter is at present, in few characters."""

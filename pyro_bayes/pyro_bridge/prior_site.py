@@ -136,7 +136,8 @@ class Prior(dist.Independent):
             logvar: Its log-variances :math:`\log \sigma^2`.
             of_pass: What a pass over all parameters has of it, if it was made.
         """
-        rule, fixed = self.priors.rules[self.name], self.priors.fixed(self.name)
+        rule: Any = self.priors.rules[self.name]
+        fixed = self.priors.fixed(self.name)
         if of_pass is None:
             if isinstance(rule, NormalPrior):
                 precision = 1 / torch.as_tensor(self._variance)
@@ -147,9 +148,12 @@ class Prior(dist.Independent):
             of_pass = (terms if fixed is None else terms.masked_fill(fixed, 0.0)).sum()
         if isinstance(rule, NormalPrior):
             return of_pass
+        cross_entropy: Tensor
         if isinstance(rule, HierarchicalPrior) and self._scale is not None:
-            return of_pass + rule.cross_entropy_given(mean, logvar, fixed, self._scale)
-        return of_pass + rule.cross_entropy(mean, logvar, fixed, 1)
+            cross_entropy = rule.cross_entropy_given(mean, logvar, fixed, self._scale)
+        else:
+            cross_entropy = rule.cross_entropies(mean, logvar, fixed).sum()
+        return of_pass + cross_entropy
 
     def log_prob(self, value: Any) -> Tensor:
         if isinstance(value, GaussianTensor):
