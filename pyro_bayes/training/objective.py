@@ -68,7 +68,7 @@ class ELBO(nn.Module):
         check_examples: Whether to look if examples meet, as in
             :meth:`pyro_bayes.BayesianModel.reparameterize`, at the first batch.
         num_samples: The number :math:`S` of draws. More lower the variance of the gradient, in
-            proportion to the time.
+            proportion to the time. A divergence that is estimated has as many draws of its own.
         kl_weight: The weight :math:`w`, a number or a schedule, as
             :class:`pyro_bayes.training.schedule.LinearWarmup`. With a weight other than 1, it is no
             ELBO.
@@ -164,7 +164,7 @@ class ELBO(nn.Module):
         kind: dict[str, Any] = {"local_trick": self.local_trick, "batch_dim": self.batch_dim}
         if self.local_trick and self.check_examples:
             self.model.look_at_examples(self._log_probs(y), *args, **kind, **kwargs)
-        nlls = []
+        nlls, kls = [], []
         for _ in range(self.num_samples):
             with self.model.reparameterize_with_kl(**kind, check_examples=self.check_examples) as (
                 net,
@@ -185,9 +185,12 @@ class ELBO(nn.Module):
                 if (self._computes_again or applied) and nll.requires_grad:
                     nll = reopening(nll, self.model.again())
             nlls.append(nll)
+            kls.append(kl)
         if self.training:
             check_batch(len(y), self.num_data)
-        nll = torch.stack(nlls).mean() if len(nlls) > 1 else nlls[0]
+        if self.model.guide.priors.is_exact:  # all are the same
+            del kls[1:]
+        nll, kl = (torch.stack(v).mean() if len(v) > 1 else v[0] for v in (nlls, kls))
         return Terms(nll, kl / self.num_data)
 
     def _log_probs(self, y: Tensor) -> Callable[..., Tensor]:
