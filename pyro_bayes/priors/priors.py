@@ -183,7 +183,7 @@ class Priors:
         for flat in posterior:
             precision, mean = self.flat(flat)
             numbers.append(divergence(flat, precision, prior_mean=mean))
-        return total([*numbers, *self.rest_in_total(posterior, num_samples)])
+        return total([*numbers, *self.rest(posterior, num_samples)])
 
     def kl_divergences(self, posterior: Sequence[Flat], num_samples: int = 1) -> dict[str, Tensor]:
         r"""Computes :math:`D_{KL}(q \| p)` of each parameter by name.
@@ -192,39 +192,36 @@ class Priors:
             posterior: The parameters of each dtype and device.
             num_samples: The number of draws where it is estimated.
         """
-        numbers = self.pass_divergences(posterior)
-        for name, rest in self.rest(posterior, num_samples).items():
-            numbers[name] = numbers[name] + rest
-        return numbers
-
-    def pass_divergences(self, posterior: Sequence[Flat]) -> dict[str, Tensor]:
-        r"""Computes what one pass over flat tensors has of each parameter's divergence.
-
-        Arguments:
-            posterior: The parameters of each dtype and device.
-        """
-        numbers: dict[str, Tensor] = {}
+        passes = []
         for flat in posterior:
             precision, mean = self.flat(flat)
-            each = divergence(flat, precision, "divergences", prior_mean=mean).unbind()
-            numbers.update(zip(flat.layout.names, each, strict=True))
+            passes.append(divergence(flat, precision, "divergences", prior_mean=mean))
+        numbers = self.of_sites(posterior, passes, num_samples)
+        for names, terms, sizes in self._other_terms(posterior, num_samples, of_scales=True):
+            for name, own in zip(names, terms.split(sizes), strict=True):
+                numbers[name] = numbers[name] + own.sum()
         return numbers
 
-    def rest(self, posterior: Sequence[Flat], num_samples: int = 1) -> dict[str, Tensor]:
-        r"""Computes what a pass leaves out: :math:`-\mathbb{E}_q[\log p]` of other priors by name.
+    def of_sites(
+        self, posterior: Sequence[Flat], passes: Sequence[Tensor], num_samples: int = 1
+    ) -> dict[str, Tensor]:
+        """Computes the divergence of each parameter, without what random deviations add.
 
         Arguments:
             posterior: The parameters of each dtype and device.
+            passes: What one pass has of the divergences of each.
             num_samples: The number of draws where it is estimated.
         """
-        return {
-            name: own.sum()
-            for names, terms, sizes in self._other_terms(posterior, num_samples)
-            for name, own in zip(names, terms.split(sizes), strict=True)
-        }
+        numbers: dict[str, Tensor] = {}
+        for flat, each in zip(posterior, passes, strict=True):
+            numbers.update(zip(flat.layout.names, each.unbind(), strict=True))
+        for names, terms, sizes in self._other_terms(posterior, num_samples, of_scales=False):
+            for name, own in zip(names, terms.split(sizes), strict=True):
+                numbers[name] = numbers[name] + own.sum()
+        return numbers
 
-    def rest_in_total(self, posterior: Sequence[Flat], num_samples: int = 1) -> list[Tensor]:
-        """Computes numbers whose sum is that of :meth:`rest`.
+    def rest(self, posterior: Sequence[Flat], num_samples: int = 1) -> list[Tensor]:
+        r"""Computes numbers whose sum a pass leaves out: :math:`-\mathbb{E}_q[\log p]` of others.
 
         Arguments:
             posterior: The parameters of each dtype and device.
@@ -233,11 +230,17 @@ class Priors:
         return [terms.sum() for _, terms, _ in self._other_terms(posterior, num_samples)]
 
     def _other_terms(
-        self, posterior: Sequence[Flat], num_samples: int
+        self, posterior: Sequence[Flat], num_samples: int, of_scales: bool | None = None
     ) -> Iterator[tuple[list[str], Tensor, list[int]]]:
         """Returns names of parameters, terms of all of these, and how many each has.
 
         Priors that are alike are evaluated at once: a network has many small parameters.
+
+        Arguments:
+            posterior: The parameters of each dtype and device.
+            num_samples: The number of draws where it is estimated.
+            of_scales: Whether to return those of priors with random deviations, or the others; by
+                default, both.
         """
         for layout, *flats in posterior if self._others else ():
             groups: dict[Any, list[str]] = {}
@@ -250,6 +253,8 @@ class Priors:
             for names in groups.values():
                 masks = [layout.masks.get(name) for name in names]
                 rule: Any = self.rules[names[0]]
+                if of_scales not in (None, isinstance(rule, HierarchicalPrior)):
+                    continue
                 if isinstance(rule, HierarchicalPrior):
                     terms, sizes = self._hierarchical(names, views, masks)
                 elif len(names) > 1:

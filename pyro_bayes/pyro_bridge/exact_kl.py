@@ -57,9 +57,7 @@ class ExactKL:
             posterior = self._guide.statements()
             joint, priors = Joint(posterior), self._guide.priors
             gaussians, numbers = gaussian_tensors(posterior, noise, priors, "divergences")
-            names = [name for flat in posterior for name in flat.layout.names]
-            divergences = [number for each in numbers for number in each.unbind()]
-            joint.note(priors, dict(zip(names, divergences, strict=True)))
+            joint.note(priors, numbers)
             noise.divergence = joint.divergence
             sites = {name: Posterior(joint, name, value) for name, value in gaussians.items()}
             return self._guide.sample_sites(sites)

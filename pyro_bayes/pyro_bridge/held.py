@@ -176,4 +176,4 @@ class HeldModule(PosteriorModule):
         flats, memory = self._flats(), self._guide.memory
         named = None if torch.is_grad_enabled() else memory.by_name()
         values, numbers = held_values(flats, noise, priors, named)
-        return values, [*numbers, *(priors.rest_in_total(flats) if priors else ())]
+        return values, [*numbers, *(priors.rest(flats) if priors else ())]

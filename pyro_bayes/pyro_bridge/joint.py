@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_transformed
+from pyro_bayes.posterior.draws import divergence
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.priors.priors import Priors
 from pyro_bayes.pyro_bridge.expectation import Expectation
@@ -41,7 +42,9 @@ class Joint:
         return next((mask[name] for mask in masks if name in mask), None)
 
     def divergence(self, name: str, priors: Priors) -> Tensor:
-        r"""Returns what one pass for all parameters has of the divergence of one.
+        """Returns the divergence of one parameter, without what random deviations add.
+
+        It is computed for all parameters at once.
 
         Arguments:
             name: The name of the parameter.
@@ -51,12 +54,15 @@ class Joint:
         self._met.add(name)
         key = (id(priors), torch.is_grad_enabled())
         if key not in self._divergences:
-            self._divergences[key] = priors.pass_divergences(self._posterior)
+            flats = [(flat, *priors.flat(flat)) for flat in self._posterior]
+            passes = [divergence(f, p, "divergences", prior_mean=m) for f, p, m in flats]
+            self.note(priors, passes)
         return self._divergences[key][name]
 
-    def note(self, priors: Priors, divergences: dict[str, Tensor]) -> None:
-        """Keeps divergences that were computed together with draws."""
-        self._divergences[id(priors), torch.is_grad_enabled()] = divergences
+    def note(self, priors: Priors, passes: Sequence[Tensor]) -> None:
+        """Keeps the divergences, of which one pass was made, maybe together with draws."""
+        numbers = priors.of_sites(self._posterior, passes)
+        self._divergences[id(priors), torch.is_grad_enabled()] = numbers
 
     def log_density(self, name: str, zeros: Tensor) -> Tensor:
         """Returns the log-density of a site whose value is a Gaussian tensor, which is 0.

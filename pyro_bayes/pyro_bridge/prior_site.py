@@ -15,6 +15,7 @@ from torch.distributions.utils import lazy_property
 from pyro_bayes.base.torch_private import is_batched, is_transformed
 from pyro_bayes.noise.gaussian_tensor import GaussianTensor
 from pyro_bayes.posterior.gaussian import divergence_terms
+from pyro_bayes.priors.distribution import DistributionPrior
 from pyro_bayes.priors.hierarchical import HierarchicalPrior
 from pyro_bayes.priors.parameter import NormalPrior
 from pyro_bayes.priors.priors import Priors
@@ -128,39 +129,41 @@ class Prior(dist.Independent):
         new._scale, new._variance = self._scale, self._variance
         return super().expand(batch_shape, _instance=new)  # type: ignore[no-any-return]
 
-    def divergence(self, mean: Tensor, logvar: Tensor, of_pass: Tensor | None = None) -> Tensor:
+    def divergence(self, mean: Tensor, logvar: Tensor, known: Tensor | None = None) -> Tensor:
         r"""Returns :math:`D_{KL}(q \| p)`, given the draw of the prior's deviations.
 
         Arguments:
             mean: The means :math:`\mu` of the posterior.
             logvar: Its log-variances :math:`\log \sigma^2`.
-            of_pass: What a pass over all parameters has of it, if it was made.
+            known: The divergence without what random deviations add, if it was computed for all
+                parameters.
         """
         rule: Any = self.priors.rules[self.name]
         fixed = self.priors.fixed(self.name)
-        if of_pass is None:
+        if known is None:
+            precision, center = torch.zeros(()).to(mean), None
             if isinstance(rule, NormalPrior):
-                precision = 1 / torch.as_tensor(self._variance)
+                precision = 1 / torch.as_tensor(self._variance).to(mean)
                 center = torch.as_tensor(rule.center).to(mean)
-                terms = divergence_terms(mean, logvar, precision, center)
-            else:
-                terms = divergence_terms(mean, logvar, 0.0)
-            of_pass = (terms if fixed is None else terms.masked_fill(fixed, 0.0)).sum()
-        if isinstance(rule, NormalPrior):
-            return of_pass
-        cross_entropy: Tensor
-        if isinstance(rule, HierarchicalPrior) and self._scale is not None:
-            cross_entropy = rule.cross_entropy_given(mean, logvar, fixed, self._scale)
-        else:
-            cross_entropy = rule.cross_entropies(mean, logvar, fixed).sum()
-        return of_pass + cross_entropy
+            terms = divergence_terms(mean, logvar, precision, center)
+            known = (terms if fixed is None else terms.masked_fill(fixed, 0.0)).sum()
+            if isinstance(rule, DistributionPrior):
+                known = known + rule.cross_entropies(mean, logvar, fixed).sum()
+        if isinstance(rule, HierarchicalPrior):
+            if self._scale is None:
+                raise RuntimeError(
+                    f"Expected a draw of the deviations of '{self.name}'; got none. Sample the"
+                    " prior in a Pyro model, with `with bnn.lift() as net:`."
+                )
+            known = known + rule.cross_entropy_given(mean, logvar, fixed, self._scale)
+        return known
 
     def log_prob(self, value: Any) -> Tensor:
         if isinstance(value, GaussianTensor):
-            of_pass = None
+            known = None
             if value.noise.divergence is not None:
-                of_pass = value.noise.divergence(value.parameter, self.priors)
-            divergence = self.divergence(*value.posterior, of_pass)
+                known = value.noise.divergence(value.parameter, self.priors)
+            divergence = self.divergence(*value.posterior, known)
             shape = value.shape[: len(value.shape) - len(self._event_shape)]
             return -divergence.expand(self._batch_shape if self._batch_shape else shape)
         plain = not self._batch_shape and value.is_floating_point()
@@ -232,6 +235,6 @@ class _LogNormals(torch.autograd.Function):
 
 @register_kl(Posterior, Prior)  # type: ignore[untyped-decorator]
 def _kl_divergence(posterior: Posterior, prior: Prior) -> Tensor:
-    of_pass = posterior.joint.divergence(posterior.name, prior.priors)
-    divergence = prior.divergence(*posterior.joint.of(posterior.name), of_pass)
+    known = posterior.joint.divergence(posterior.name, prior.priors)
+    divergence = prior.divergence(*posterior.joint.of(posterior.name), known)
     return divergence.expand(posterior.batch_shape)
