@@ -74,8 +74,9 @@ def prior_predictive(
     color = COLORS[index % len(COLORS)]
     (flat,) = vectors(outputs=outputs.flatten())
     if not _is_line(x, outputs[0]):
-        low, high = (end.item() for end in _interval(flat, 0.99))
-        edges = torch.linspace(low, high + 1e-6 * max(1, abs(low)), 41, dtype=torch.double)
+        start, stop = (end.item() for end in _interval(flat, 0.99))
+        stop += 1e-6 * max(1, abs(start))
+        edges = torch.linspace(start, stop, 41, dtype=torch.double)
         heights = torch.histogram(flat, edges).hist / len(flat) / (edges[1] - edges[0])
         steps = ax.stairs(
             heights.numpy(), edges.numpy(), fill=True, color=color, alpha=0.4, label=label
@@ -86,15 +87,15 @@ def prior_predictive(
     (inputs,) = vectors(x=x.flatten())
     order = inputs.argsort()
     t, draws = inputs[order].numpy(), flat.reshape(num_samples, -1)[:, order]
-    ends = _interval(draws, level)
+    low, high = _interval(draws, level)
     band = ax.fill_between(
-        t, *(end.numpy() for end in ends), color=color, alpha=0.25, linewidth=0, label=label
+        t, low.numpy(), high.numpy(), color=color, alpha=0.25, linewidth=0, label=label
     )
     before = ax.get_ylim() if index else (math.inf, -math.inf)
     for draw in draws[:lines]:
         ax.plot(t, draw.numpy(), color=color, linewidth=0.8, alpha=0.7)
     # A draw with heavy tails would hide all others.
-    bottom, top = ends[0].min().item(), ends[1].max().item()
+    bottom, top = low.min().item(), high.max().item()
     margin = 0.25 * max(top - bottom, 1e-6 * max(1, abs(top)))
     ax.set_ylim(min(bottom - margin, before[0]), max(top + margin, before[1]))
     if index == 0:
