@@ -74,11 +74,7 @@ class DistributionPrior(ParameterPrior):
             num_samples: The number of draws where it is estimated.
         """
         if fixed is not None:
-            if self._dims:
-                raise ValueError(
-                    f"Expected independent elements in the prior of '{self.name}', some of which"
-                    f" are padding or pruned and not random; got {self.describe()}."
-                )
+            self.check_separable()
             logvar = logvar.masked_fill(fixed, 0.0)
         if self.is_exact:
             entropy = -gaussian.divergence_terms(mean, logvar, 0.0)
@@ -90,6 +86,13 @@ class DistributionPrior(ParameterPrior):
             draws = gaussian.draw(mean, logvar, epsilon)
             terms = -self._distribution.log_prob(draws).mean(0)
         return terms if fixed is None else terms.masked_fill(fixed, 0.0)
+
+    def check_separable(self) -> None:
+        if self._dims:
+            raise ValueError(
+                f"Expected independent elements in the prior of '{self.name}', some of which are"
+                f" padding or pruned and not random; got {self.describe()}."
+            )
 
     def _divergence(self, mean: Tensor, logvar: Tensor) -> Any:
         if not _is_known(self._distribution):
