@@ -97,7 +97,7 @@ def test_prior_means_load_into_a_model_of_that_prior_alone(net):
     former = BayesianModel(net, prior=prior)
     state, expected = former.state_dict(), former.kl_divergence().item()
     fresh = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
-    with pytest.raises(RuntimeError, match="Unexpected key.*prior.0.weight:prior.mean"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*prior\.0\.weight:prior\.mean"):
         BayesianModel(fresh).load_state_dict(state)
     bnn = BayesianModel(fresh, prior=prior)
     bnn.load_state_dict(state)

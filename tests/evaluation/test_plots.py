@@ -279,6 +279,13 @@ def test_prior_predictive_leaves_the_network_as_it_is():
     assert not bnn.swap.is_open
 
 
+def test_prior_predictive_of_a_former_model(net):
+    former = BayesianModel(net, prior_var=100.0)
+    BayesianModel(net, prior_var=0.01)
+    low, high = plots.prior_predictive(former, torch.ones(4, 3), 50).get_xlim()
+    assert high - low > 50
+
+
 def test_base_that_is_one_layer():
     ax = plots.signal_histogram(BayesianModel(nn.Linear(3, 2)))
     assert [text.get_text() for text in ax.get_yticklabels()] == ["(base)"]

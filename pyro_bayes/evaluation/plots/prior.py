@@ -110,7 +110,8 @@ def _outputs(
     args, kwargs = arguments(x)
     outputs = []
     with torch.no_grad(), bnn.lock():
-        buffers = Buffers(bnn.base.modules())
+        with bnn.mean() as base:
+            buffers = Buffers(base.modules())
         for _ in range(num_samples):
             try:
                 with bnn.hold(bnn.sample_prior()) as base:
