@@ -79,7 +79,7 @@ def draw_priors(scope: dict[str, Any], folder: Path) -> None:
                 upper.plot(t, densities[label], color=band, linewidth=1.5)
                 upper.set(title=label, yscale="log", ylim=(2e-3, 2e1), xlim=(-3, 3))
                 upper.minorticks_off()
-                plots.prior_predictive(bnn, scope["grid"], ax=lower)
+                plots.prior_predictive(bnn, torch.linspace(-3, 3, 61).unsqueeze(-1), ax=lower)
                 for artist in (*lower.collections, *lower.lines):
                     artist.set_color(band)
                 for ax, what in ((upper, "density"), (lower, "output")):
