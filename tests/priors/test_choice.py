@@ -71,6 +71,12 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("value", [torch.ones(()), dist.Normal(0.0, 1.0), priors.he()])
+def test_other_priors_are_no_variances(value):
+    with pytest.raises(ValueError, match="Tensors and distributions are given as prior=…"):
+        BayesianModel(nn.Linear(3, 2), prior_var=value)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_priors(name):
     prior, kind, match = BAD[name]
