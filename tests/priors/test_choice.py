@@ -84,19 +84,6 @@ def test_bad_priors(name):
         BayesianModel(nn.Linear(3, 2), prior=prior)
 
 
-def test_joint_priors_of_padded_tables():
-    def prior(name, p):
-        return dist.MultivariateNormal(torch.zeros(p.shape), torch.eye(p.shape[-1]))
-
-    with pytest.raises(ValueError, match="independent elements in the prior of 'weight'"):
-        BayesianModel(nn.Embedding(5, 3, padding_idx=0), prior=prior)
-    table = nn.Embedding(5, 3)
-    bnn = BayesianModel(table, prior=prior)
-    table.padding_idx = 0
-    with pytest.raises(ValueError, match="independent elements in the prior of 'weight'"):
-        bnn.kl_divergence()
-
-
 @pytest.mark.parametrize(
     "prior",
     [dist.Cauchy(0.0, 1e-6), dist.StudentT(0.1), dist.Laplace(1e6, 1e12), priors.Horseshoe(1e-4)],
