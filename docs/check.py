@@ -20,6 +20,7 @@ MODULES = (
     "pyro_bayes.training",
     "pyro_bayes.evaluation",
     "pyro_bayes.evaluation.plots",
+    "pyro_bayes.priors",
 )
 """The modules whose public names have an entry in the reference."""
 

@@ -62,7 +62,7 @@ class BayesianModel(InspectedModule):
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
         prior_var: The variance :math:`\sigma_p^2` of a Gaussian prior around 0, 1 by default.
             `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
-            see :class:`pyro_bayes.priors.empirical.Empirical`. In a mapping from patterns to any of
+            see :class:`pyro_bayes.priors.Empirical`. In a mapping from patterns to any of
             these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
         prior: Any other prior: a Pyro distribution of one element, as `dist.Laplace(0.0, 0.1)`; a
             function of name and parameter that returns one, also of the parameter's shape; one of

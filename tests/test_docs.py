@@ -47,6 +47,10 @@ def test_page_runs(path, tmp_path, monkeypatch):
         picture.draw(scope, tmp_path)
         pictures = {file.name for file in tmp_path.iterdir()}
         assert pictures == {"regression-dark.svg", "regression-light.svg"}
+    if path.stem == "priors":
+        picture.draw_priors(scope, tmp_path)
+        pictures = {file.name for file in tmp_path.iterdir()}
+        assert pictures == {"priors-dark.svg", "priors-light.svg"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

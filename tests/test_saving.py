@@ -12,6 +12,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods, svi_model
+from pyro_bayes.priors import Gaussian
 
 
 def make(**kwargs):
@@ -88,6 +89,23 @@ def test_state_of_a_plain_net_is_refused_by_names_that_exist(net):
     with pytest.raises(RuntimeError, match=r"guide\.means\.0\.weight") as error:
         BayesianModel(net).load_state_dict(net.state_dict())
     assert "base.0" not in str(error.value)
+
+
+def test_prior_means_load_into_a_model_of_that_prior_alone(net):
+    """The variance beside them is a number, which the file does not have."""
+    prior = Gaussian(var=0.1, mean="base")
+    former = BayesianModel(net, prior=prior)
+    state, expected = former.state_dict(), former.kl_divergence().item()
+    fresh = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*prior\.0\.weight:prior\.mean"):
+        BayesianModel(fresh).load_state_dict(state)
+    bnn = BayesianModel(fresh, prior=prior)
+    bnn.load_state_dict(state)
+    assert bnn.kl_divergence().item() == pytest.approx(expected)
+    former.update_prior()
+    other = BayesianModel(fresh)
+    other.load_state_dict(former.state_dict())
+    assert other.kl_divergence().item() == pytest.approx(0, abs=1e-5)
 
 
 def test_nothing_that_is_missing_goes_unsaid():

@@ -16,7 +16,8 @@ from benchmarks.uci.data import Splits, load, split
 from pyro_bayes import ELBO, BayesianModel, fit
 from pyro_bayes.likelihoods import HeteroscedasticGaussian
 from pyro_bayes.likelihoods.predictive import Predictive
-from pyro_bayes.priors.variance import Empirical, PriorVar
+from pyro_bayes.priors import Empirical
+from pyro_bayes.priors.choice import PriorVar
 
 PRIORS: dict[str, PriorVar] = {
     "unit": 1.0,

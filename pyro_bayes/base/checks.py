@@ -132,7 +132,7 @@ def check_prior_var(prior_var: Any) -> None:
     if not is_positive(prior_var):
         raise ValueError(
             "Expected prior_var to be a positive, finite number or 'empirical', or a mapping from"
-            f" patterns to these; got {prior_var!r}."
+            f" patterns to these; got {prior_var!r}. Tensors and distributions are given as prior=…"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -111,6 +113,15 @@ def prior_of(name: str, parameter: Tensor, value: Any) -> ParameterPrior:
 
 
 def _called(function: Callable[[str, Tensor], Any], name: str, parameter: Tensor) -> Any:
+    with contextlib.suppress(ValueError):  # some builtins tell no signature
+        try:
+            inspect.signature(function).bind(name, parameter)
+        except TypeError as error:
+            label = getattr(function, "__name__", type(function).__name__)
+            raise TypeError(
+                f"Expected prior to be a function of name and parameter; got {label}: {error}."
+                " The scalings are functions that return one: prior=priors.fan_in()."
+            ) from error
     value = function(name, parameter)
     if callable(value) and not isinstance(value, Distribution | Specification):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, kl_divergence
 from torch.distributions.transforms import Transform
 
-from pyro_bayes.base.checks import is_finite
+from pyro_bayes.base.checks import check_finite, is_finite
 from pyro_bayes.posterior import gaussian
 from pyro_bayes.posterior.rounding import wide
+from pyro_bayes.priors.gaussian import check_range
 from pyro_bayes.priors.parameter import NormalPrior, ParameterPrior
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_FAR = 1e15
+"""Where a density is at most one over this, if it falls from some place nearer to 0 on."""
 
 _REAL = constraints.real, constraints.real_vector
 
@@ -69,11 +74,7 @@ class DistributionPrior(ParameterPrior):
             num_samples: The number of draws where it is estimated.
         """
         if fixed is not None:
-            if self._dims:
-                raise ValueError(
-                    f"Expected independent elements in the prior of '{self.name}', some of which"
-                    f" are padding or pruned and not random; got {self.describe()}."
-                )
+            self.check_separable()
             logvar = logvar.masked_fill(fixed, 0.0)
         if self.is_exact:
             entropy = -gaussian.divergence_terms(mean, logvar, 0.0)
@@ -85,6 +86,13 @@ class DistributionPrior(ParameterPrior):
             draws = gaussian.draw(mean, logvar, epsilon)
             terms = -self._distribution.log_prob(draws).mean(0)
         return terms if fixed is None else terms.masked_fill(fixed, 0.0)
+
+    def check_separable(self) -> None:
+        if self._dims:
+            raise ValueError(
+                f"Expected independent elements in the prior of '{self.name}', some of which are"
+                f" padding or pruned and not random; got {self.describe()}."
+            )
 
     def _divergence(self, mean: Tensor, logvar: Tensor) -> Any:
         if not _is_known(self._distribution):
@@ -149,6 +157,7 @@ def prior_of_distribution(
     while isinstance(normal, torch.distributions.Independent):
         normal = normal.base_dist
     if type(normal) in (dist.Normal, torch.distributions.Normal) and label is None:
+        _check_normal(name, parameter, normal)
         if len(shape) and normal.batch_shape == shape:
             return NormalPrior(name, shape, normal.scale.square(), normal.loc)
         return NormalPrior(name, shape, float(normal.scale) ** 2, float(normal.loc))
@@ -181,25 +190,49 @@ def describe(distribution: Any) -> str:
         if isinstance(value, Tensor) and value.numel():
             low, high = value.detach().double().aminmax()
             numbers.append(f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
+    for part in ("base_dist", "component_distribution"):
+        if not numbers and hasattr(distribution, part):
+            numbers.append(describe(getattr(distribution, part)))
     return f"{type(distribution).__name__}({', '.join(numbers)})"
 
 
+def _check_normal(name: str, parameter: Tensor, normal: Any) -> None:
+    """Raises an error unless a Gaussian's mean and variance are numbers that can be used."""
+    check_finite(f"the mean of the prior of '{name}'", normal.loc)
+    check_finite(f"the scale of the prior of '{name}'", normal.scale)
+    if not (normal.scale.is_meta or bool((normal.scale > 0).all())):
+        raise ValueError(
+            f"Expected the scale of the prior of '{name}' to be positive; got"
+            f" {float(normal.scale.min()):g}."
+        )
+    variance = normal.scale.double().square()
+    check_range("the variance of the prior", name, variance, parameter.dtype)
+
+
 def _check_density(name: str, parameter: Tensor, distribution: Any) -> None:
-    """Raises an error unless a distribution has a density around the initial values."""
+    """Raises an error unless a distribution has a density, near the initial values and far away."""
     values = parameter.detach().to(wide(parameter.dtype))
+    dims, kind = len(distribution.event_shape), type(distribution).__name__
     try:
         densities = distribution.log_prob(values + 0.01)  # some have a pole at 0
+        far = distribution.log_prob(torch.full_like(values, _FAR)) if not dims else None
+        distribution.expand(values.shape[: values.dim() - dims])
     except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"Expected the prior of '{name}' to have a density of values of shape"
-            f" {tuple(parameter.shape)}; got {type(distribution).__name__}, whose log_prob failed"
-            f" with: {error}"
+            f" {tuple(parameter.shape)}; got {kind}, which failed with: {error}"
         ) from error
-    if not (parameter.is_meta or is_finite(densities)):
+    if parameter.is_meta:
+        return
+    if not is_finite(densities):
         raise ValueError(
             f"Expected the prior of '{name}' to have a density everywhere, as the posterior has;"
-            f" got {type(distribution).__name__}, whose log-density near the initial values is not"
-            " finite."
+            f" got {kind}, whose log-density near the initial values is not finite."
+        )
+    if far is not None and bool((far + math.log(_FAR) > 1).any()):
+        raise ValueError(
+            f"Expected the prior of '{name}' to have a density that integrates to 1; got {kind},"
+            " whose density does not fall to 0 far from 0."
         )
 
 
@@ -247,7 +280,7 @@ def _converted(value: Any, convert: Callable[[Tensor], Tensor], known: dict[int,
         return {key: _converted(item, convert, known) for key, item in value.items()}
     if isinstance(value, Distribution | Transform):
         new = known[id(value)] = copy.copy(value)
-        vars(new).update({k: _converted(v, convert, known) for k, v in vars(new).items()})
+        vars(new).update({k: _converted(v, convert, known) for k, v in vars(value).items()})
         if isinstance(new, Distribution):
             new._validate_args = False
         return new

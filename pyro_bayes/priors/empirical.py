@@ -106,7 +106,7 @@ def check_dims(dims: tuple[int, ...], name: str, shape: torch.Size) -> None:
             raise ValueError(
                 "Expected each to name dimensions that every parameter has; got"
                 f" each={dim} for '{name}' of shape {tuple(shape)}. Give parameters of other shapes"
-                ' another prior: prior_var={"*.weight": Empirical(each=1), "": "empirical"}.'
+                ' another prior, by pattern: {"**weight": …, "": …}.'
             )
 
 

@@ -27,7 +27,7 @@ class Gaussian:
 
     Arguments:
         var: The variance :math:`\sigma_p^2`: a number, a tensor of the parameter's shape,
-            `"empirical"` or an :class:`~pyro_bayes.priors.empirical.Empirical`.
+            `"empirical"` or an :class:`~pyro_bayes.priors.Empirical`.
         mean: The mean :math:`\mu_p`: a number, a tensor of the parameter's shape, a mapping that
             has one for each parameter by its dotted name, such as a state dict, or `"base"`: the
             base's parameters as they are when the model is made. With pretrained ones, this is

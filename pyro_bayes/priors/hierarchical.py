@@ -47,7 +47,7 @@ class Hierarchical:
         scale: The prior of :math:`\sigma_p`, a distribution over positive numbers.
         each: `"tensor"` for one deviation per tensor, `"element"` for one per element, or the
             dimensions each of whose indices has one of its own, as in
-            :class:`~pyro_bayes.priors.empirical.Empirical`.
+            :class:`~pyro_bayes.priors.Empirical`.
 
     References:
         | Prior Distributions for Variance Parameters in Hierarchical Models (Gelman, 2006)

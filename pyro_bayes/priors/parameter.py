@@ -43,6 +43,9 @@ class ParameterPrior(nn.Module):
         """
         raise NotImplementedError
 
+    def check_separable(self) -> None:
+        """Raises a `ValueError` unless some elements can be left out."""
+
     def describe(self) -> str:
         """Returns what the prior is, in few characters."""
         raise NotImplementedError

@@ -54,7 +54,13 @@ class Priors:
             posterior: Returns the present :math:`\mu` and :math:`\log \sigma^2` by name.
             fixed: Returns which elements of a parameter carry no information, if any may.
             scales: Returns the means and log-variances of the logarithms of random deviations.
+
+        Raises:
+            ValueError: If some elements carry no information and their prior cannot leave them out.
         """
+        for name, rule in self.rules.items():
+            if fixed is not None and fixed(name) is not None:
+                rule.check_separable()
         # What is followed owns this object: a reference back would keep a model alive.
         if fixed or any(rule.follows for rule in self.rules.values()):
             self._posterior, self._fixed, self._scales = posterior, fixed, scales

@@ -162,7 +162,7 @@ def expect_tensors(prior: Any, state: Mapping[str, Any], prefix: str) -> list[st
         found = {kind for kind in ("variance", "mean") if stem + kind in state}
         is_normal = isinstance(rule, NormalPrior)
         own = {kind for kind in ("variance", "mean") if getattr(rule, kind, None) is not None}
-        if found <= own or not (is_normal or "variance" in found):
+        if found <= own or "variance" not in found:  # a mean alone belongs to some other variance
             continue
         former = {"variance": 1.0, "mean": 0.0}
         if is_normal:

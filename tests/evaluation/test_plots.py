@@ -9,16 +9,18 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pyro.distributions import Normal
 from torch import nn
 
 from pyro_bayes import BayesianModel
 from pyro_bayes.evaluation import plots
 from pyro_bayes.likelihoods import Gaussian
-from pyro_bayes.priors import Empirical
+from pyro_bayes.priors import Empirical, Hierarchical
 from pyro_bayes.training import History
 
 CONFIDENCE = torch.tensor([0.05, 0.55, 0.58, 0.95, 0.97, 0.99, 1.0])
 CORRECT = torch.tensor([0, 0, 1, 1, 1, 0, 1])
+GRID = torch.linspace(-2, 2, 9).unsqueeze(-1)
 
 
 HISTORY = History(
@@ -33,13 +35,14 @@ def bnn():
 
 
 def band(bnn, **options):
-    x = torch.linspace(-2, 2, 9).unsqueeze(-1)[torch.randperm(9)]
+    x = GRID[torch.randperm(9)]
     return plots.regression_band(x, Gaussian(0.5).predictive(bnn, x), **options)
 
 
 DRAW = {
     "reliability": lambda bnn, **o: plots.reliability(CONFIDENCE, CORRECT, **o),
     "pit_histogram": lambda bnn, **o: plots.pit_histogram(torch.rand(50, 2), **o),
+    "prior_predictive": lambda bnn, **o: plots.prior_predictive(bnn, GRID, 20, **o),
     "regression_band": band,
     "rejection_curve": lambda bnn, **o: plots.rejection_curve(CONFIDENCE, CORRECT, **o),
     "scale_histogram": lambda bnn, **o: plots.scale_histogram(bnn, **o),
@@ -89,7 +92,9 @@ assert "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["reliability", "pit_histogram", "rejection_curve"])
+@pytest.mark.parametrize(
+    "name", ["reliability", "pit_histogram", "rejection_curve", "prior_predictive"]
+)
 def test_calls_add_up(name, bnn):
     ax = DRAW[name](bnn, label="one")
     reference = len(ax.get_legend_handles_labels()[1]) - 1
@@ -213,6 +218,74 @@ def test_lines_of_several_priors(net):
     assert first.get_segments()[0][:, 1].tolist() == [1, 1.85]
 
 
+def test_prior_predictive_of_functions():
+    """Outputs of a linear model are Gaussian: the band and the first draws are known."""
+    bnn = BayesianModel(nn.Linear(1, 1).double(), prior=Normal(0.5, 2.0))
+    x = GRID.double()[torch.randperm(9)]
+    with torch.random.fork_rng():
+        draws = [bnn.sample_prior() for _ in range(2)]
+    ax = plots.prior_predictive(bnn, x, 2000, level=0.8, lines=2)
+    for drawn, draw in zip(ax.get_lines(), draws, strict=True):
+        t, output = torch.tensor(drawn.get_xydata()).T
+        assert (t.diff() > 0).all()
+        torch.testing.assert_close(output, t * draw["weight"].item() + draw["bias"].item())
+    band = torch.tensor(ax.collections[0].get_paths()[0].vertices)
+    for t in x.flatten():
+        ys = band[band[:, 0] == t][:, 1]
+        mean, deviation = 0.5 + 0.5 * t.item(), 2 * math.sqrt(1 + t.item() ** 2)
+        assert ys.min() == pytest.approx(mean - 1.2816 * deviation, abs=0.12 * deviation)
+        assert ys.max() == pytest.approx(mean + 1.2816 * deviation, abs=0.12 * deviation)
+    bottom, top = ax.get_ylim()
+    assert bottom < band[:, 1].min() < band[:, 1].max() < top
+    wider = BayesianModel(nn.Linear(1, 1).double(), prior_var=100.0)
+    low, high = plots.prior_predictive(wider, x, 50, ax=ax).get_ylim()
+    assert low < bottom < top < high
+
+
+def test_prior_predictive_of_other_outputs():
+    bnn = BayesianModel(nn.Linear(2, 3), prior_var=4.0)
+    ax = plots.prior_predictive(bnn, torch.eye(2), 2000, function=lambda net, x: net(x).flatten())
+    steps = ax.patches[0].get_data()
+    widths = steps.edges[1:] - steps.edges[:-1]
+    assert (steps.values * widths).sum() == pytest.approx(0.99, abs=1e-3)
+    reach = 2.5758 * math.sqrt(8)  # of a weight and a bias
+    assert [*steps.edges[[0, -1]]] == pytest.approx([-reach, reach], rel=0.03)
+    assert steps.values[16:24].mean() == pytest.approx(0.396 / math.sqrt(8), rel=0.05)
+    assert not ax.get_lines()
+
+
+def test_prior_predictive_of_constants():
+    bnn, far = BayesianModel(nn.Linear(1, 1)), lambda net, x: 0 * net(x) + 1e6
+    bottom, top = plots.prior_predictive(bnn, GRID, 20, function=far).get_ylim()
+    assert bottom < 1e6 < top
+    wide = plots.prior_predictive(bnn, GRID.unsqueeze(-1), 20, function=far).patches[0].get_data()
+    assert wide.values[1:].tolist() == [0] * 39
+    assert wide.edges[0] == 1e6
+
+
+def test_prior_predictive_leaves_the_network_as_it_is():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+    net[2].eval()
+    bnn = BayesianModel(net, prior=Hierarchical())
+    bnn.kl_divergence().backward()
+    grads = [p.grad.clone() for p in bnn.parameters()]
+    state = {key: value.clone() for key, value in bnn.state_dict().items()}
+    plots.prior_predictive(bnn, torch.randn(6, 3), 5)
+    with pytest.raises(RuntimeError, match="shapes"):
+        plots.prior_predictive(bnn, torch.randn(6, 2), 5)
+    assert [part.training for part in net] == [True, True, False, True]
+    torch.testing.assert_close(dict(bnn.state_dict()), state, rtol=0, atol=0)
+    torch.testing.assert_close([p.grad for p in bnn.parameters()], grads, rtol=0, atol=0)
+    assert not bnn.swap.is_open
+
+
+def test_prior_predictive_of_a_former_model(net):
+    former = BayesianModel(net, prior_var=100.0)
+    BayesianModel(net, prior_var=0.01)
+    low, high = plots.prior_predictive(former, torch.ones(4, 3), 50).get_xlim()
+    assert high - low > 50
+
+
 def test_base_that_is_one_layer():
     ax = plots.signal_histogram(BayesianModel(nn.Linear(3, 2)))
     assert [text.get_text() for text in ax.get_yticklabels()] == ["(base)"]
@@ -264,6 +337,14 @@ BAD = {
     "outputs": (lambda: plots.regression_band(
         torch.rand(4), Gaussian(1.0).predictive(BayesianModel(nn.Linear(1, 2)), torch.rand(4, 1))),
         ValueError, r"\(4, 2\)"),
+    "one draw": (lambda: plots.prior_predictive(BayesianModel(nn.Linear(1, 1)), GRID, 1),
+                 ValueError, "num_samples .* 1"),
+    "half a line": (lambda: plots.prior_predictive(BayesianModel(nn.Linear(1, 1)), GRID, lines=0.5),
+                    ValueError, "lines .* 0.5"),
+    "a state": (lambda: plots.prior_predictive(BayesianModel(nn.LSTM(1, 1)), GRID), TypeError,
+                "output that is a tensor; got tuple. Say with function"),
+    "infinite": (lambda: plots.prior_predictive(BayesianModel(nn.Linear(1, 1)), GRID / 0),
+                 ValueError, "outputs to be finite"),
     "history": (lambda: plots.training_curves(History()), ValueError, "epoch"),
 }  # fmt: skip
 

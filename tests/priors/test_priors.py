@@ -603,7 +603,11 @@ def test_former_posteriors_that_do_not_fit():
 
 
 def test_joint_prior_with_padding_is_refused():
-    bnn = BayesianModel(nn.Embedding(4, 3, padding_idx=1), prior=rows_of_three)
+    with pytest.raises(ValueError, match="independent elements in the prior of 'weight'"):
+        BayesianModel(nn.Embedding(4, 3, padding_idx=1), prior=rows_of_three)
+    table = nn.Embedding(4, 3)
+    bnn = BayesianModel(table, prior=rows_of_three)
+    table.padding_idx = 1
     with pytest.raises(ValueError, match="independent elements"):
         bnn.kl_divergence()
     with pytest.raises(ValueError, match="independent elements"):
