@@ -122,12 +122,18 @@ def gradients(
             a.zero_() if direct is None else a.copy_(direct)
             b.zero_() if of_output is None else torch.mul(of_output, s, out=b).mul_(weight)
             continue
-        half = 0.5 * (_number(of_number) if of_number.dim() == 0 else layout.each(of_number, chunk))
-        torch.exp(v, out=b).mul_(half * p).sub_(half)
+        factor = _number(of_number) if of_number.dim() == 0 else layout.each(of_number, chunk)
+        half = 0.5 * factor
+        if isinstance(p, Tensor):
+            torch.exp(v, out=b).mul_(p).sub_(1).mul_(half)
+        else:
+            torch.exp(v, out=b).mul_(half * p).sub_(half)
         if of_output is not None:
             b.addcmul_(of_output, s, value=weight)
-        by = 2 * half * p
-        m = m if c is None else m - c
+        if isinstance(p, Tensor) or c is not None:
+            torch.mul(m if c is None else torch.sub(m, c, out=a), p, out=a)
+            m, p = a, 1.0
+        by = factor * p
         if direct is None:
             torch.mul(m, by, out=a)
         elif isinstance(by, Tensor):
@@ -194,13 +200,8 @@ class _Sums:
             ratio = float(total)
             # Single precision loses up to 1e-4 of this sum, which is little beside the others.
             if ratio <= 0.018 * size:
-                log: Any = gaussian.log_precision(precision)
-                if isinstance(log, Tensor):
-                    log = float((log if fixed is None else log.index_fill_(0, fixed, 0.0)).sum())
-                else:
-                    log *= size
-                squares = float(_weighted(m, precision, m))
-                self._total += ratio + squares - size - float(v.sum()) - log
+                squares, logs = float(_weighted(m, precision, m)), _log_sum(precision, size, fixed)
+                self._total += ratio + squares - size - float(v.sum()) - logs
                 return
         self.add(chunk, 2 * gaussian.divergence_terms(m, v, precision))
 
@@ -223,6 +224,17 @@ def _weighted(values: Tensor, precision: float | Tensor, others: Tensor | None =
     if isinstance(precision, Tensor):
         return torch.dot(values if others is None else values * others, precision)
     return (values.sum() if others is None else torch.dot(values, others)) * precision
+
+
+def _log_sum(precision: float | Tensor, size: int, fixed: Tensor | None) -> float:
+    """Returns the sum of logarithms of precisions, as of :func:`gaussian.log_precision`."""
+    if not isinstance(precision, Tensor):
+        return size * float(gaussian.log_precision(precision))
+    log = precision.log() if fixed is None else precision.index_fill(0, fixed, 1.0).log_()
+    total = float(log.sum())
+    if total == -math.inf:  # some elements have no prior
+        return float(log.masked_fill_(log == -math.inf, math.log(2 * math.pi)).sum())
+    return total
 
 
 def _number(value: Tensor) -> Any:
