@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,6 +22,12 @@ from pyro_bayes.training.objective import ELBO
 
 _NEAR = 0.02  # of log σ²: a change of σ by 1 %
 _QUICK = -5.0  # the log σ² to start from where the default of -9 takes too long
+_FEW = 10  # elements, whose means may all pass through 0 at once while they train
+_ADVICE = (
+    "Where the prior pulls harder than the data, a wider one lets go: prior_var=1, or a larger"
+    " `least` of Empirical. A network with fewer weights, or fewer that are random"
+    " (include_params), helps too."
+)
 _HEADERS = ("parameter", "SNR ∇μ", "SNR ∇log σ²", "σ unmoved", "KL nats")
 
 
@@ -151,7 +157,7 @@ def diagnose(objective: ELBO, loader: Iterable[Any], num_gradients: int = 100) -
         rows.append(Row(name, signals.pop(mean, 0.0), signals.pop(logvar, 0.0), share, kl))
     rows += [Row(name.removeprefix("model.base."), signal) for name, signal in signals.items()]
     kl, share = sum(float(value) for value in divergences.values()), unmoved(model)
-    advice = _still(share, model), _collapsed(kl)
+    advice = _still(share, model), _as_prior(kl) or _silenced(silent(model))
     return Diagnosis(tuple(rows), kl, objective.num_data, share, tuple(a for a in advice if a))
 
 
@@ -175,6 +181,45 @@ def warn_if_unmoved(model: BayesianModel, epochs: int) -> None:
     advice = _still(unmoved(model), model)
     if advice:
         warnings.warn(f"After {epochs} epochs: {advice}", UserWarning, stacklevel=3)
+
+
+def silent(model: BayesianModel) -> tuple[str, ...]:
+    r"""Returns the names of the weights of which no output has more signal than noise.
+
+    An output :math:`\sum_i w_i x_i` has the mean :math:`\sum_i \mu_i x_i` and the variance
+    :math:`\sum_i \sigma_i^2 x_i^2`. By the Cauchy-Schwarz inequality,
+
+    .. math:: \frac{(\sum_i \mu_i x_i)^2}{\sum_i \sigma_i^2 x_i^2}
+              \le \sum_i \frac{\mu_i^2}{\sigma_i^2}
+
+    for any input. Tensors of one dimension, such as biases, and those with few elements that are
+    random are left out: a network does without the former, and what is noise for a moment may be on
+    its way through 0.
+
+    Arguments:
+        model: The model.
+    """
+    names = []
+    for name, (mean, logvar) in model.guide.posterior().items():
+        if mean.dim() < 2 or mean.numel() < _FEW:
+            continue
+        mean, logvar = mean.detach(), logvar.detach()
+        ratios = mean.square() * (-logvar).exp()
+        if ratios.flatten(1).nansum(1).max() < 1 and logvar.isfinite().sum() >= _FEW:
+            names.append(name)
+    return tuple(names)
+
+
+def warn_if_silenced(names: Sequence[str], epochs: int) -> None:
+    """Warns if a training has silenced weights.
+
+    Arguments:
+        names: Their names.
+        epochs: How many epochs it took.
+    """
+    advice = _silenced(names)
+    if advice:
+        warnings.warn(f"After {epochs} epochs: {advice}", UserWarning, stacklevel=5)
 
 
 class _Moments:
@@ -220,10 +265,20 @@ def _still(share: float, model: BayesianModel) -> str | None:
     )
 
 
-def _collapsed(kl: float) -> str | None:
+def _as_prior(kl: float) -> str | None:
     if kl >= 1:
         return None
     return (
         f"The posterior is the prior, with a KL divergence of {kl:.2g} nats: the model has learned"
-        " nothing from the data. Is num_data right? A smaller prior_var may help."
+        f" nothing from the data. Is num_data right? {_ADVICE}"
+    )
+
+
+def _silenced(names: Sequence[str]) -> str | None:
+    if not names:
+        return None
+    return (
+        f"The posterior of {list(names)} has collapsed: whatever the input, each output has more"
+        " noise than signal, Σ μ²/σ² < 1. So what passes through it is lost, and a network without"
+        f" a way around it predicts a constant. Is num_data right? {_ADVICE}"
     )

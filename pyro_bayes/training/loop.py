@@ -116,8 +116,9 @@ def fit(
 
     Warns:
         UserWarning: If :math:`N` is not the length of the loader's dataset, if the optimiser decays
-            parameters of the posterior, if processes draw the same noise, or if most deviations are
-            still at their initial value in the end.
+            parameters of the posterior, if processes draw the same noise, if the posterior of a
+            weight collapses to noise, or if most deviations are still at their initial value in the
+            end.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma and Welling, 2014)

@@ -29,6 +29,7 @@ from pyro_bayes.likelihoods import Likelihood
 from pyro_bayes.likelihoods.targets import check_labels
 from pyro_bayes.prediction.batches import Batch, Batches, arguments, called, generators
 from pyro_bayes.training import checkpoint, finite
+from pyro_bayes.training.diagnostics import silent, warn_if_silenced
 from pyro_bayes.training.history import History
 from pyro_bayes.training.objective import ELBO
 
@@ -103,6 +104,8 @@ class Run:
         self._best: dict[str, Tensor] | None = None
         self._stopped = False
         self._unchecked = True
+        self._silent: set[str] = set()
+        self._silenced = False
 
     def start(self) -> None:
         """Continues from the checkpoint if there is one, or else sees that one can be written."""
@@ -125,6 +128,7 @@ class Run:
             self._restore(saved)
         finite.check_parameters(self._objective, "before the first step")
         self._rehearse()
+        self._silent = set(silent(self._objective.model))
         self._module = processes.together(_Loss(self._objective))
         if not there:
             self._save(checkpoint.rehearse)
@@ -145,10 +149,13 @@ class Run:
                 self._epoch(bar)
                 self._stopped = self._is_enough(epochs)
                 done = len(self.history)
+                if done & (done - 1) == 0:  # few looks cost little
+                    self._watch()
                 if self._stopped or done == epochs or done % self._every == 0:
                     self._save()
         if self._best is not None:
             self._objective.load_state_dict(self._best)
+        self._watch()
 
     def _epoch(self, bar: Any) -> None:
         epoch = len(self.history)
@@ -167,6 +174,15 @@ class Run:
         processes.share_buffers(self._objective.model.base)
         sums = _Sums(*processes.total(sums, self._device))
         self._note(sums, self._validation())
+
+    def _watch(self) -> None:
+        """Warns, once, if weights have fallen silent."""
+        names = silent(self._objective.model)
+        fallen = [name for name in names if name not in self._silent]
+        if fallen and not self._silenced:
+            self._silenced = True
+            warn_if_silenced(fallen, len(self.history))
+        self._silent &= set(names)
 
     def _note(self, sums: _Sums, validation: float | None) -> None:
         """Adds an epoch to the history, and tells the scheduler that waits for it."""

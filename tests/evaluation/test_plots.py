@@ -209,7 +209,7 @@ def test_histograms_of_layers(draw, reference, bnn):
 
 
 def test_lines_of_several_priors(net):
-    bnn = BayesianModel(net, -2.0, prior_var={"0.weight": Empirical(each=1), "": 0.25})
+    bnn = BayesianModel(net, -2.0, prior_var={"0.weight": Empirical(each=1, least=0.0), "": 0.25})
     first, second = plots.scale_histogram(bnn).collections[::-1]  # from the top
     variances = bnn.guide.priors.present("0.weight").flatten().tolist()
     expected = sorted(math.sqrt(v) for v in (*variances, 0.25))

@@ -39,7 +39,11 @@ ASKED = {
     for name, number in NUMBERS.items()
     if number != "log_densities" or kind == "draws"
 }
-RULES = dict.fromkeys(PARAMETERS, Empirical()) | {"none": 2.0, "b": 0.5, "w": Empirical(each=1)}
+RULES = dict.fromkeys(PARAMETERS, Empirical(least=0.0)) | {
+    "none": 2.0,
+    "b": 0.5,
+    "w": Empirical(each=1, least=0.0),
+}
 PRECISIONS = {
     "number": lambda flat: 2.5,
     "each": lambda flat: torch.linspace(0.5, 4.0, flat.layout.size).to(flat.mean),

@@ -26,8 +26,8 @@ ESTIMATORS = [False, True, "flipout"]
 PRIORS = {
     "number": (0.1, None),
     "each": ({"bag": 2.0, "": 0.1}, None),
-    "empirical": ("empirical", ()),
-    "rows": (Empirical(each=0), 0),
+    "empirical": (Empirical(least=0.0), ()),
+    "rows": (Empirical(each=0, least=0.0), 0),
 }
 every_leaf = pytest.mark.parametrize("leaves", ["flat", "named"])
 
@@ -261,8 +261,8 @@ def loaded(bnn, assign):
 @every_leaf
 @pytest.mark.parametrize("way", COPIES)
 def test_copies_and_changed_masks(leaves, way):
-    bnn = make(leaves, "empirical")
-    bnn.prior_var = "empirical"
+    bnn = make(leaves, Empirical(least=0.0))
+    bnn.prior_var = Empirical(least=0.0)
     for change in (None, "pruned again", "no padding"):
         if change == "pruned again":
             prune.random_unstructured(bnn.base.linear, "weight", 0.5)

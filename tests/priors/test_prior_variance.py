@@ -28,6 +28,10 @@ RULES = {
         {"0.weight": (0, 1), "2.weight": (0, 1), "0.bias": (0,), "2.bias": (0,)},
     ),
     "mixed": ({"0.": "empirical", "2.": 0.3}, {"0.weight": (), "0.bias": ()}),
+    "least": (  # is some groups' variance, not all
+        {"*.weight": Empirical(each=1, least=1.2), "": 0.3},
+        {"0.weight": (1,), "2.weight": (1,)},
+    ),
 }
 every_rule = pytest.mark.parametrize(("prior_var", "groups"), RULES.values(), ids=RULES)
 
@@ -41,7 +45,7 @@ def make(net, prior_var, **kwargs):
     bnn = BayesianModel(net.double(), init_logvar=-2.0, prior_var=prior_var, **kwargs)
     with torch.no_grad():
         for mean, logvar in bnn.guide.posterior().values():
-            mean += 0.3 * torch.randn_like(mean)
+            mean += torch.randn_like(mean)
             logvar += 0.5 * torch.randn_like(logvar)
     return bnn
 
@@ -52,13 +56,18 @@ def grouped(tensor, dims):
     return tensor.permute(*dims, *rest).reshape(math.prod(tensor.shape[d] for d in dims), -1)
 
 
+def least(bnn, name):
+    return bnn.guide.priors.rules[name].empirical.least
+
+
 def by_hand(bnn, groups):
     total = 0.0
     for name, (mean, logvar) in bnn.guide.posterior().items():
         if name in groups:
             m, v = grouped(mean, groups[name]), grouped(logvar.exp(), groups[name])
-            n = m.shape[1]
-            total += (n / 2 * ((m**2 + v).sum(1) / n).log() - v.log().sum(1) / 2).sum()
+            variance = (m**2 + v).mean(1, keepdim=True).clamp_min(least(bnn, name))
+            p = Normal(0.0, variance.sqrt())
+            total += kl_divergence(Normal(m, v.sqrt()), p).sum()
         else:
             total += kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0, 0.3**0.5)).sum()
     return total
@@ -74,7 +83,9 @@ def test_divergence_is_the_closed_form(net, prior_var, groups):
     assert other.kl_divergence(1.0) == other.kl_divergence(prior_var=1)
 
 
-def test_divergence_is_the_least_over_variances(bnn):
+@pytest.mark.parametrize("bound", [0.0, 1.0])
+def test_divergence_is_the_least_over_variances(net, bound):
+    bnn = make(net, Empirical(least=bound))
     for name, (mean, logvar) in bnn.guide.posterior().items():
         q = Normal(mean.detach(), (logvar.detach() / 2).exp())
         log_var = torch.zeros((), dtype=torch.double, requires_grad=True)
@@ -89,10 +100,18 @@ def test_divergence_is_the_least_over_variances(bnn):
             return loss()
 
         optimizer.step(closure)
+        log_var = log_var.detach().clamp_min(math.log(bound) if bound else -math.inf)
         found = bnn.kl_divergences()[name]
-        torch.testing.assert_close(found, loss())
+        torch.testing.assert_close(found, loss(log_var=log_var))
         present = bnn.guide.priors.present(name)
-        torch.testing.assert_close(present, log_var.detach().exp(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(present, log_var.exp(), rtol=1e-4, atol=0)
+
+
+def test_least_is_between_the_variances(net):
+    """What the rule "least" tests."""
+    bnn = make(net, *RULES["least"][:1])
+    active = torch.cat([bnn.guide.priors.present(n).flatten() for n in RULES["least"][1]]) == 1.2
+    assert 0 < active.sum() < len(active)
 
 
 @every_rule
@@ -154,7 +173,7 @@ def test_sites_have_the_present_variance(net, prior_var, groups):
             m, v = mean.detach(), logvar.detach().exp()
             rest = tuple(d for d in range(mean.dim()) if d not in groups[name])
             variance = (m**2 + v).mean(rest, keepdim=True) if rest else m**2 + v
-            variance = variance.expand_as(mean)
+            variance = variance.clamp_min(least(bnn, name)).expand_as(mean)
         torch.testing.assert_close(trace.nodes[name]["fn"].variance, variance)
         density = Normal(0.0, variance.sqrt()).log_prob(value).sum()
         torch.testing.assert_close(trace.nodes[name]["log_prob"], density)
@@ -312,7 +331,8 @@ def make_double(bnn):
 
 
 def test_close_to_the_prior_no_digit_is_lost():
-    bnn = BayesianModel(nn.Linear(50, 50, bias=False), init_logvar=-3.0, prior_var="empirical")
+    prior_var = Empirical(least=0.0)
+    bnn = BayesianModel(nn.Linear(50, 50, bias=False), init_logvar=-3.0, prior_var=prior_var)
     with torch.no_grad():
         mean, logvar = bnn.guide.posterior()["weight"]
         mean.zero_()
@@ -322,7 +342,7 @@ def test_close_to_the_prior_no_digit_is_lost():
 
 
 def test_nothing_left_of_a_tensor(net):
-    bnn = BayesianModel(net, init_logvar=-300.0, prior_var="empirical")
+    bnn = BayesianModel(net, init_logvar=-300.0, prior_var=Empirical(least=0.0))
     with torch.no_grad():
         for mean, _ in bnn.guide.posterior().values():
             mean.zero_()
@@ -397,6 +417,22 @@ def test_errors(net, prior_var, error, match):
     if prior_var is not None:
         with pytest.raises(error, match=match):
             BayesianModel(net).kl_divergence(prior_var)
+
+
+def test_a_narrow_posterior_does_not_narrow_the_prior():
+    net = nn.Linear(100, 100)  # whose initial weights have a variance of 1 / 300
+    numbers = [
+        BayesianModel(net, prior_var=prior_var).kl_divergence().item()
+        for prior_var in ("empirical", Empirical(), 0.3, Empirical(least=0.0))
+    ]
+    assert numbers[0] == numbers[1] == pytest.approx(numbers[2], rel=1e-6)
+    assert numbers[3] < 0.8 * numbers[0]
+
+
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan, "0", None, True])
+def test_errors_of_least(value):
+    with pytest.raises(ValueError, match="Expected least to be"):
+        Empirical(least=value)
 
 
 @pytest.mark.parametrize("each", ["0", 1.0, True, (0, "1"), None])

@@ -8,7 +8,9 @@ from regression import NOISE_VAR, Problem
 from torch import nn
 
 from pyro_bayes import ELBO, BayesianModel, likelihoods
+from pyro_bayes.priors import Empirical
 from pyro_bayes.training import diagnose, fit
+from pyro_bayes.training.diagnostics import silent
 
 # Batch norm lets examples meet, which is said each time that a model is made.
 pytestmark = pytest.mark.filterwarnings("ignore:Expected examples that do not meet")
@@ -143,6 +145,63 @@ def test_advice():
     advice = diagnose(objective, batches, 2).advice
     assert len(advice) == 1
     assert "The posterior is the prior" in advice[0]
+
+
+def test_what_is_silent():
+    """The bound on signal-to-noise of an output, and what is left out."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.LayerNorm(3))
+    bnn = BayesianModel(net, init_logvar=0.0)
+    with torch.no_grad():
+        for mean, logvar in bnn.guide.posterior().values():
+            mean.zero_()
+            logvar.fill_(-2.0)
+        bnn.means.get_parameter("0.weight")[1] = 0.49 * math.exp(-1)  # 4 * 0.49² < 1
+    assert silent(bnn) == ("0.weight",)  # the rest has one dimension, or few elements
+    x = torch.tensor([1.0, 2.0, -1.0, 0.0])
+    mean, logvar = bnn.guide.posterior()["0.weight"]
+    with torch.no_grad():
+        assert ((mean @ x) ** 2 < logvar.exp() @ x**2).all()
+        bnn.means.get_parameter("0.weight")[1] = 0.51 * math.exp(-1)
+    assert silent(bnn) == ()
+
+
+def two_layers(prior_var, init_logvar):
+    """A problem that a network learns quickly, unless its prior is too narrow."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    bnn = BayesianModel(net, init_logvar=init_logvar, prior_var=prior_var)
+    objective = ELBO(bnn, likelihoods.Gaussian(0.3), 32, local_trick=True)
+    return objective, [(x, x[:, :1].sin())]
+
+
+def trained(objective, batches, epochs=64):
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.02)
+    fit(objective, batches, epochs, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_a_prior_silences_are_named_once(first):
+    dead = "0.weight" if first else "2.weight"
+    objective, batches = two_layers({dead: 1e-5, "": 1.0}, -5.0)
+    with pytest.warns(UserWarning, match="collapsed") as records:
+        trained(objective, batches)
+    (message,) = [str(r.message) for r in records if "collapsed" in str(r.message)]
+    assert f"'{dead}'" in message
+    assert message.startswith("After ")
+    assert "prior_var=1" in message
+    assert records[0].filename == __file__
+    advice = diagnose(objective, batches, 2).advice
+    assert any("has collapsed" in text and f"'{dead}'" in text for text in advice)
+
+
+@pytest.mark.parametrize("prior_var", [1.0, 0.1, "empirical", Empirical(each=0)])
+@pytest.mark.parametrize("init_logvar", [-9.0, -3.0])
+def test_networks_that_learn_are_not_said_to_collapse(prior_var, init_logvar, recwarn):
+    objective, batches = two_layers(prior_var, init_logvar)
+    trained(objective, batches)
+    assert not [r for r in recwarn if "collapsed" in str(r.message)]
+    assert silent(objective.model) == ()
 
 
 @pytest.mark.parametrize("count", [1, 2.0, True])
