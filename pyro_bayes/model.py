@@ -60,8 +60,9 @@ class BayesianModel(InspectedModule):
             the base later has no effect. Freeze those of `means` and `logvars` with named `leaves`,
             or exclude them from a new model.
         exclude_params: Patterns of parameter names to exclude. These stay deterministic.
-        prior_var: The variance :math:`\sigma_p^2` of a Gaussian prior around 0, 1 by default.
-            `"empirical"` is for each tensor the variance that maximises the ELBO, at every moment,
+        prior_var: The variance :math:`\sigma_p^2` of a Gaussian prior around 0, 1 by default. One
+            over the number of inputs of a layer is too small for most networks. `"empirical"` is
+            for each tensor the variance, 0.3 or larger, that maximises the ELBO at every moment,
             see :class:`pyro_bayes.priors.Empirical`. In a mapping from patterns to any of
             these, as `{"0.*": 0.1, "": "empirical"}`, the first pattern that matches counts.
         prior: Any other prior: a Pyro distribution of one element, as `dist.Laplace(0.0, 0.1)`; a

@@ -366,7 +366,7 @@ def test_patterns(net):
     assert priors["0.bias"] == priors["2.bias"] == "N(0, 0.5)"
     present = bnn.guide.priors.present("2.weight").item()
     assert priors["2.weight"] == f"N(0, {present:.3g}), empirical"
-    several = BayesianModel(net, prior_var={"*.weight": Empirical(each=1), "": 1.0})
+    several = BayesianModel(net, prior_var={"*.weight": Empirical(each=1, least=0.0), "": 1.0})
     low, high = several.guide.priors.present("0.weight").aminmax()
     row = several.summary().rows[0]
     assert row.prior == f"N(0, {low:.3g} to {high:.3g}), empirical"
