@@ -31,7 +31,7 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 README = ROOT / "README.md"
-ORDER = ("regression", "svi", "flows", "selective", "estimators", "sbi")
+ORDER = ("regression", "svi", "flows", "selective", "continual", "estimators", "sbi")
 """The names of the notebooks, in the order in which to read them."""
 
 SMOKE = "PYRO_BAYES_SMOKE"
