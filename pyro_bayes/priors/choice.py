@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_bayes.base.checks import check_prior_var
@@ -101,14 +101,32 @@ def prior_of(name: str, parameter: Tensor, value: Any) -> ParameterPrior:
         return prior_of_distribution(name, parameter, value)
     if isinstance(value, Specification) and not isinstance(value, type):
         return value.of(name, parameter)
-    if callable(value) and not isinstance(value, type):
-        return prior_of(name, parameter, _called(value, name, parameter))
-    got = f"{value.__name__}, a class" if isinstance(value, type) else repr(value)
+    check_kind("prior", value, f", for '{name}'")
+    return prior_of(name, parameter, _called(value, name, parameter))
+
+
+def check_kind(argument: str, value: Any, place: str = "") -> None:
+    """Raises a `TypeError` unless a value may be the prior of one parameter.
+
+    Arguments:
+        argument: The name of the argument that it is.
+        value: The value.
+        place: What messages say of the parameter.
+    """
+    is_kind = isinstance(value, Distribution | Specification | Empirical) or callable(value)
+    is_kind = is_kind and not isinstance(value, type | nn.Module)
+    if is_kind or (isinstance(value, str) and value == "empirical"):
+        return
+    got, advice = repr(value), "A variance is prior_var=… or priors.Gaussian(var=…)."
+    if isinstance(value, type):
+        got = f"{value.__name__}, a class"
+    elif isinstance(value, nn.Module):
+        got = f"{type(value).__name__}, a module"
+        advice = "The posterior of another model is prior=former.as_prior()."
     raise TypeError(
-        f"Expected prior to be a distribution such as dist.Laplace(0.0, 0.1), a function of name"
-        f" and parameter that returns one, or a prior of pyro_bayes.priors, for '{name}'; got"
-        f" {got}."
-        " A variance is prior_var=… or priors.Gaussian(var=…)."
+        f"Expected {argument} to be a distribution such as dist.Laplace(0.0, 0.1), a function of"
+        f" name and parameter that returns one, or a prior of pyro_bayes.priors{place}; got {got}."
+        f" {advice}"
     )
 
 

@@ -526,6 +526,7 @@ ERRORS = {
     ),
     "number": (dict(prior=1.0), TypeError, "got 1.0. A variance is prior_var"),
     "class": (dict(prior=dist.Laplace), TypeError, "Laplace, a class"),
+    "module": (dict(prior=nn.Linear(1, 1)), TypeError, "Linear, a module.*former.as_prior"),
     "word": (dict(prior="laplace"), TypeError, "'laplace'"),
     "support": (dict(prior=dist.HalfCauchy(1.0)), ValueError, "'a' .*over all real.*HalfCauchy"),
     "interval": (dict(prior=dist.Uniform(-1.0, 1.0)), ValueError, "over all real"),
@@ -596,6 +597,8 @@ def test_former_posteriors_that_do_not_fit():
         BayesianModel(Mixed(4), prior=former.as_prior())
     with pytest.raises(ValueError, match=r"none of these names but .*'a'"):
         BayesianModel(nn.Linear(2, 1), prior=former.as_prior())
+    with pytest.raises(TypeError, match=r"new to be a distribution.*got 0\.3\. A variance"):
+        former.as_prior(new=0.3)
     with pytest.raises(ValueError, match="without parameters of its own"):
         former.kl_divergence(prior=priors.Hierarchical())
     with pytest.raises(ValueError, match="num_samples"):
