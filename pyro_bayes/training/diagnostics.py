@@ -270,7 +270,8 @@ def _as_prior(kl: float) -> str | None:
         return None
     return (
         f"The posterior is the prior, with a KL divergence of {kl:.2g} nats: the model has learned"
-        f" nothing from the data. Is num_data right? {_ADVICE}"
+        f" nothing from the data. Is num_data right? {_ADVICE} After update_prior(), this is where"
+        " training starts."
     )
 
 

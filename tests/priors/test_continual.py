@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from pyro_bayes import ELBO, BayesianModel, likelihoods, priors
 
 pytest.importorskip("sklearn")
-from scipy.ndimage import rotate  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
+from scipy.ndimage import rotate
+from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="module")
