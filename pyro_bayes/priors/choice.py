@@ -15,9 +15,12 @@ from pyro_bayes.base.selection import Choice, first_matches
 from pyro_bayes.priors.distribution import DistributionPrior, prior_of_distribution
 from pyro_bayes.priors.empirical import Empirical
 from pyro_bayes.priors.gaussian import FormerPosterior, Gaussian, check_range
-from pyro_bayes.priors.hierarchical import HierarchicalPrior
+from pyro_bayes.priors.hierarchical import Hierarchical, HierarchicalPrior, Horseshoe
 from pyro_bayes.priors.parameter import NormalPrior, ParameterPrior
 from pyro_bayes.priors.priors import Priors
+from pyro_bayes.priors.scale_mixture import ScaleMixture
+
+_SAME_FOR_ALL = Hierarchical, Horseshoe, ScaleMixture
 
 PriorVar: TypeAlias = "float | str | Empirical | Mapping[str, float | str | Empirical]"
 """What a user may give as a variance of the prior."""
@@ -77,9 +80,11 @@ def choose_priors(
     groups = {id(value): number for number, value in enumerate(own.values())}
     for name, rule in rules.items():
         alike = isinstance(rule, DistributionPrior) and rule.is_alike
-        is_one = isinstance(own[name], Distribution | Specification)
+        # What others make may depend on the name, as a former posterior's new parameters do.
+        value = own[name]
+        is_one = isinstance(value, Distribution) or type(value) in _SAME_FOR_ALL
         if is_one and (alike or isinstance(rule, HierarchicalPrior)):
-            rule.group = groups[id(own[name])]
+            rule.group = groups[id(value)]
     return Priors(rules)
 
 

@@ -40,16 +40,23 @@ class DistributionPrior(ParameterPrior):
         distribution: The distribution. Its batch and event dimensions together are those of the
             parameter, or it has none.
         label: What it is, in few characters; by default, its class and parameters.
+        device: The device of its tensors.
     """
 
     def __init__(
-        self, name: str, shape: torch.Size, distribution: Any, label: str | None = None
+        self,
+        name: str,
+        shape: torch.Size,
+        distribution: Any,
+        label: str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Makes the prior, whose class describes the arguments."""
         super().__init__(name, shape)
         self._distribution, self._label = distribution, label
         self._dims = len(distribution.event_shape)
-        self.is_exact = self._divergence(torch.zeros(shape), torch.zeros(shape)) is not None
+        zeros = torch.zeros(shape, device=device)
+        self.is_exact = self._divergence(zeros, zeros) is not None
 
     def elements(self, like: Tensor, scale: Tensor | None = None) -> dist.TorchDistribution:
         batch_shape = self.shape[: len(self.shape) - self._dims]
@@ -158,11 +165,19 @@ def prior_of_distribution(
         normal = normal.base_dist
     if type(normal) in (dist.Normal, torch.distributions.Normal) and label is None:
         _check_normal(name, parameter, normal)
+        variance = normal.scale.double().square()
         if len(shape) and normal.batch_shape == shape:
-            return NormalPrior(name, shape, normal.scale.square(), normal.loc)
-        return NormalPrior(name, shape, float(normal.scale) ** 2, float(normal.loc))
+            return NormalPrior(name, shape, variance.to(like), normal.loc.to(like))
+        return NormalPrior(name, shape, float(variance), float(normal.loc))
+    numbers = [getattr(normal, key, None) for key in normal.arg_constraints]
+    if any(isinstance(n, Tensor) and not n.is_floating_point() for n in numbers):
+        raise ValueError(
+            f"Expected the prior of '{name}' to have real numbers as parameters; got"
+            f" {type(normal).__name__} with integers, of which PyTorch makes no draws. Write 1.0"
+            " instead of 1."
+        )
     _check_density(name, parameter, distribution)
-    return DistributionPrior(name, shape, distribution, label)
+    return DistributionPrior(name, shape, distribution, label, parameter.device)
 
 
 def as_like(like: Tensor) -> Callable[[Tensor], Tensor]:
@@ -254,7 +269,9 @@ def _is_known(distribution: Any) -> bool:
     while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     module: str = type(distribution).log_prob.__module__
-    return module.startswith(("torch.distributions.", "pyro.distributions."))
+    return "log_prob" not in vars(distribution) and module.startswith(
+        ("torch.distributions.", "pyro.distributions.")
+    )
 
 
 def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:

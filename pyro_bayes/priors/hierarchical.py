@@ -202,7 +202,7 @@ class HierarchicalPrior(ParameterPrior):
             scale = self.scales(like)()
         batch = scale.shape[: scale.dim() - len(self.scale_shape)]
         if not self.scale_shape:
-            scale = scale.reshape(*batch, *[1] * len(self.shape))
+            scale = scale.reshape((*batch, *[1] * len(self.shape)))
         normal = dist.Normal(torch.zeros_like(scale), scale, validate_args=False)
         return normal.expand((*batch, *self.shape))  # type: ignore[no-any-return]
 

@@ -254,7 +254,9 @@ class Priors:
                 if name in self._others:
                     group = self.rules[name].group
                     groups.setdefault(name if group is None else group, []).append(name)
-            pairs = zip(*map(layout.split, flats), strict=True) if groups else ()
+            if not groups:
+                continue
+            pairs = zip(*map(layout.split, flats), strict=True)
             views = dict(zip(layout.names, pairs, strict=True))
             for names in groups.values():
                 masks = [layout.masks.get(name) for name in names]

@@ -101,9 +101,14 @@ class MeanField(AutoNormal):
             {n: NormalPrior(n, p.shape, 1.0) for n, p in parameters.items()}
         )
         self.sites = {f"{site_prefix}.{n}" if site_prefix else n: n for n in parameters}
-        self.prior_scales = PriorScales(self.priors, parameters)
+        self._modules["prior_scales"] = PriorScales(self.priors, parameters)
         hierarchical = self.prior_scales.by_name()
         self.scale_sites = {scale_site(s): n for s, n in self.sites.items() if n in hierarchical}
+        if taken := [site for site in self.scale_sites if site in self.sites]:
+            raise ValueError(
+                "Expected no parameter with the name of the site of another's prior deviation; got"
+                f" {taken}. Rename it, or give the other no hierarchical prior."
+            )
         self._wished_name = store_name
         self.store_name = store.claim(store_name, self)
         with _constructing.turn():
@@ -120,6 +125,12 @@ class MeanField(AutoNormal):
     def logvars(self) -> nn.Module:
         r"""A module of the log-variances :math:`\log \sigma^2`, likewise."""
         return self.memory.logvars
+
+    @property
+    def prior_scales(self) -> PriorScales:
+        """The posterior of the deviations of hierarchical priors."""
+        # Read past PyroModule, which would make a `pyro.module` statement named after the class.
+        return self._modules["prior_scales"]  # type: ignore[return-value]
 
     @property
     def locs(self) -> nn.Module:  # type: ignore[override]

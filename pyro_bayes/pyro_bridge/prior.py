@@ -159,7 +159,9 @@ def expect_tensors(prior: Any, state: Mapping[str, Any], prefix: str) -> list[st
     changed = []
     for name, node, leaf in prior._PriorModule__sites:
         rule, stem = prior._PriorModule__priors.rules[name], f"{prefix}{name}:prior."
-        found = {kind for kind in ("variance", "mean") if stem + kind in state}
+        kinds = (kind for kind in ("variance", "mean") if stem + kind in state)
+        # What does not fit is refused later: the prior must be what it was.
+        found = {kind for kind in kinds if state[stem + kind].shape == rule.shape}
         is_normal = isinstance(rule, NormalPrior)
         own = {kind for kind in ("variance", "mean") if getattr(rule, kind, None) is not None}
         if found <= own or "variance" not in found:  # a mean alone belongs to some other variance

@@ -98,6 +98,7 @@ class RegularizedModule(HeldModule):
     def _priors(self, prior_var: PriorVar | None, prior: PriorLike | None) -> Priors:
         if prior_var is None and prior is None:
             return self._guide.priors
+        self._keep_tied()
         means = {name: mean for name, (mean, _) in self._guide.posterior().items()}
         priors = choose_priors(prior, prior_var, self.choices, means)
         if any(isinstance(rule, HierarchicalPrior) for rule in priors.rules.values()):
@@ -120,6 +121,7 @@ class RegularizedModule(HeldModule):
             >>> {name: tuple(draw.shape) for name, draw in bnn.sample_prior().items()}
             {'weight': (1, 3), 'bias': (1,)}
         """
+        self._keep_tied()
         priors, posterior = self._guide.priors, self._guide.posterior()
         with torch.no_grad():
             draws = {n: Prior(priors, n, mean).sample() for n, (mean, _) in posterior.items()}
@@ -154,13 +156,17 @@ class RegularizedModule(HeldModule):
             >>> abs(bnn.kl_divergence().item()) < 1e-6
             True
         """
+        self._keep_tied()
         new = Gaussian() if new is None else new
         check_kind("new", new)
 
         def others(name: str, parameter: Tensor) -> ParameterPrior:
             return prior_of(name, parameter, new)
 
-        return FormerPosterior(self._guide.posterior(), others)
+        pairs = self._guide.posterior()
+        # A model that ties no parameters, or in another order, has them under their other names.
+        tied = {n: pairs[c.name] for c in self.choices if c.included for n in c.aliases}
+        return FormerPosterior({**tied, **pairs}, others)
 
     @torch.no_grad()
     def update_prior(self) -> None:

@@ -43,7 +43,7 @@ class PriorScales(nn.Module):
         """Returns the mean and the log-variance of each, by the name of its parameter."""
         kinds = self.means, self.logvars
         return {
-            name: tuple(kind.get_parameter(name) for kind in kinds)  # type: ignore[misc]
+            name: tuple(_parameter(kind, name) for kind in kinds)  # type: ignore[misc]
             for name in self._names
         }
 
@@ -80,3 +80,9 @@ class PriorScales(nn.Module):
         )
         own = dist.LogNormal(mean, (0.5 * logvar).exp())
         return own.to_event(mean.dim())  # type: ignore[no-any-return]
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Returns a parameter, or the tensor that `torch.func.functional_call` has put in its place."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path)._parameters[leaf]

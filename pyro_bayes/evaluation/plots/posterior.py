@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def scale_histogram(bnn: BayesianModel, *, ax: Axes | None = None) -> Axes:
     r"""Draws how wide the posterior is, layer by layer.
 
-    The lines are the prior's deviations, where a layer has several all of them: a layer whose
-    :math:`\sigma` is there has learned nothing from the data. One whose :math:`\sigma` is a single
+    The lines are the prior's deviations, where a layer has several all of them, and none where a
+    prior has no deviation, as Cauchy's: a layer whose :math:`\sigma` is there has learned nothing
+    from the data. One whose :math:`\sigma` is a single
     peak may not have moved from its start.
 
     Arguments:
@@ -130,16 +131,17 @@ def _ridges(
             ax.vlines(sorted(marks[layer]), *ends, color=GREY, linewidth=1, linestyle="--")
     if len(marked) == 1:
         ax.axvline(10 ** marked[0], color=GREY, linewidth=1, linestyle="--")
-    ax.annotate(
-        name,
-        (max(marks[next(iter(rows))]), 1),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(0, 2),
-        textcoords="offset points",
-        color=GREY,
-        ha="center",
-        fontsize="small",
-    )
+    for mark in sorted(marks[next(iter(rows))] or set().union(*marks.values()))[-1:]:
+        ax.annotate(
+            name,
+            (mark, 1),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(0, 2),
+            textcoords="offset points",
+            color=GREY,
+            ha="center",
+            fontsize="small",
+        )
     ax.set_yticks(range(len(rows)), reversed(rows), va="bottom")
     ax.tick_params(axis="y", length=0)
     ax.set(xscale="log", xlabel=label, ylabel="layer", ylim=(0, len(rows)))
