@@ -191,3 +191,10 @@ def test_sites_have_the_empirical_variance_around_the_mean():
         own = dist.Normal(4.0, ((mean - 4).square() + logvar.exp()).mean().sqrt())
         site = run.nodes[name]
         torch.testing.assert_close(site["log_prob"], own.log_prob(site["value"]).sum())
+
+
+def test_prior_scales_start_at_the_median():
+    bnn = make({"a": priors.Horseshoe(0.3), "": priors.Hierarchical(dist.Gamma(2.0, 3.0))})
+    starts = {name: mean for name, (mean, _) in bnn.guide.prior_scales.by_name().items()}
+    torch.testing.assert_close(starts["a"].detach(), torch.full((4,), math.log(0.3), **DOUBLE))
+    assert starts["b"] == 0  # whose median is not known
