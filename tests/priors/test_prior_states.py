@@ -198,3 +198,17 @@ def test_prior_scales_start_at_the_median():
     starts = {name: mean for name, (mean, _) in bnn.guide.prior_scales.by_name().items()}
     torch.testing.assert_close(starts["a"].detach(), torch.full((4,), math.log(0.3), **DOUBLE))
     assert starts["b"] == 0  # whose median is not known
+
+
+@pytest.mark.parametrize(
+    ("scaling", "variance"),
+    [
+        (priors.fan_in(3.0), 9 / 24),
+        (priors.he(), 2 / 24),
+        (priors.glorot(), 2 / (24 + 36)),
+        (priors.radford(), 1 / 24),
+    ],
+    ids=["fan_in", "he", "glorot", "radford"],
+)
+def test_scalings_count_the_window_of_a_convolution(scaling, variance):
+    assert scaling("weight", torch.zeros(6, 4, 3, 2)).var == pytest.approx(variance)
