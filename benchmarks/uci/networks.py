@@ -23,15 +23,16 @@ PRIORS: dict[str, PriorVar] = {
     "unit": 1.0,
     "wide": 10.0,
     "input": {
-        "weight1": Empirical(each=(0, 1)),
-        "weight2": Empirical(each=(0, 2)),
-        "bias1": Empirical(each=0),
-        "bias2": Empirical(each=(0, 2)),
+        "weight1": Empirical(each=(0, 1), least=0.0),
+        "weight2": Empirical(each=(0, 2), least=0.0),
+        "bias1": Empirical(each=0, least=0.0),
+        "bias2": Empirical(each=(0, 2), least=0.0),
     },
-    "tensor": Empirical(each=0),
+    "tensor": Empirical(each=0, least=0.0),
+    "empirical": Empirical(each=0),
 }
-"""The variances of the prior: one number, or what maximises the ELBO for each input and each output
-of each network, or for each of its tensors."""
+"""The variances of the prior: one number; what maximises the ELBO for each input and each output of
+each network, or for each of its tensors, without a least variance; or with the default one."""
 
 
 @dataclass(frozen=True)
