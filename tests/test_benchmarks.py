@@ -223,7 +223,7 @@ def test_uci_splits_share_nothing(uci):
         assert not torch.allclose(old[1], new[1])
 
 
-@pytest.mark.parametrize("prior", ["unit", "input"])
+@pytest.mark.parametrize("prior", ["unit", "empirical"])
 def test_uci_scores_are_in_original_units(uci, prior):
     setting = uci["networks"].Setting(steps=150, learning_rate=0.03, draws=50, prior=prior)
     x, y = made(100)
