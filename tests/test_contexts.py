@@ -152,7 +152,7 @@ def test_interrupt_at_any_line_leaves_all_as_it_was(use):
     own, output, filters = dict(net.named_parameters()), net(X), [*warnings.filters]
     net[1].eval()
     # Each line of the way in and out, and some of those between.
-    line, step = 0, 7
+    line, step = 0, 11
     while interrupted_at(line, lambda: use(bnn)):
         assert all(own[name] is p for name, p in net.named_parameters()), line
         assert torch.equal(net(X), output)

@@ -195,7 +195,7 @@ def test_estimates_of_draws_are_unbiased(bnn):
 
     expected = torch.autograd.grad(bnn.kl_divergence(), list(bnn.guide.parameters()))
     draws = []
-    for _ in range(600):
+    for _ in range(300):
         loss = Trace_ELBO().differentiable_loss(model, bnn.guide)
         grads = torch.autograd.grad(loss, list(bnn.guide.parameters()))
         draws.append(torch.cat([loss.detach().reshape(1), *(g.flatten() for g in grads)]))

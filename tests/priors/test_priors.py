@@ -233,7 +233,7 @@ def test_expected_losses_of_front_ends_agree(prior, recwarn):
     means, errors = [], []
     for front in fronts:
         torch.manual_seed(0)
-        draws = 1 if steady and front != "Trace_ELBO" else 100
+        draws = 1 if steady and front != "Trace_ELBO" else 50
         values = [*losses(bnn, front, x, y, draws)]
         gradients = torch.autograd.grad(values[0], [*bnn.parameters()], allow_unused=True)
         assert all(g is not None and g.isfinite().all() for g in gradients)
@@ -248,7 +248,7 @@ def test_expected_losses_of_front_ends_agree(prior, recwarn):
         for value in means[2:]:
             torch.testing.assert_close(value, means[0])
         torch.manual_seed(0)
-        means[0] = torch.stack([*losses(bnn, "facade", x, y, 100)]).detach().mean()
+        means[0] = torch.stack([*losses(bnn, "facade", x, y, 50)]).detach().mean()
         assert abs(means[1] - means[0]) < 4.5 * 2**0.5 * errors[1]
         return
     for value, error in zip(means[1:], errors[1:], strict=True):
@@ -319,9 +319,9 @@ def test_particles_are_independent_draws(prior):
             pass
 
     vectorized = {"vectorize_particles": True, "max_plate_nesting": 1}
-    together = Trace_ELBO(num_particles=400, **vectorized).loss(model, bnn.guide)
-    alone = torch.tensor([Trace_ELBO().loss(model, bnn.guide) for _ in range(400)])
-    assert abs(together - alone.mean()) < 5 * 2**0.5 * alone.std() / 20
+    together = Trace_ELBO(num_particles=144, **vectorized).loss(model, bnn.guide)
+    alone = torch.tensor([Trace_ELBO().loss(model, bnn.guide) for _ in range(144)])
+    assert abs(together - alone.mean()) < 5 * 2**0.5 * alone.std() / 12
 
 
 class Line(nn.Module):
@@ -353,7 +353,7 @@ def test_nuts_has_the_same_prior(prior):
         with pyro.plate("data", 3):
             pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
 
-    mcmc = MCMC(NUTS(model), num_samples=250, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=120, warmup_steps=60, disable_progbar=True)
     mcmc.run()
     draws = torch.stack([mcmc.get_samples()[n] for n in ("slope", "offset")], -1)
     grid = torch.linspace(-3, 3, 601, **DOUBLE)
@@ -373,8 +373,8 @@ def test_nuts_has_the_same_prior(prior):
     for i, value in enumerate((slope, offset)):
         mean = (weights * value).sum()
         deviation = (weights * (value - mean).square()).sum().sqrt()
-        assert abs(draws[:, i].mean() - mean) < 5 * deviation / 100**0.5
-        assert draws[:, i].std() == pytest.approx(deviation.item(), rel=0.3)
+        assert abs(draws[:, i].mean() - mean) < 5 * deviation / 60**0.5
+        assert draws[:, i].std() == pytest.approx(deviation.item(), rel=0.4)
 
 
 # A posterior as the prior
