@@ -138,6 +138,9 @@ CASES = {
     "divergence": lambda bnn: bnn.kl_divergence,
     "divergences": lambda bnn: bnn.kl_divergences,
     "empirical divergence": lambda bnn: lambda: bnn.kl_divergence("empirical"),
+    "estimated divergence": lambda bnn: (
+        lambda: bnn.kl_divergence(prior=dist.StudentT(3.0, 0.0, 1.0))
+    ),
 }
 NAMED = ["one pass, weights", "SVI", "facade without backward, local noise"]
 

@@ -55,7 +55,7 @@ PRECISIONS = {
 CHANGED = "modified (by an )?inplace"
 
 
-@pytest.fixture(params=[layout.CHUNK, 7, 1], ids="chunks of {}".format)
+@pytest.fixture(params=[layout.CHUNK, 7], ids="chunks of {}".format)
 def chunked(request, monkeypatch):
     monkeypatch.setattr(layout, "CHUNK", request.param)
 
