@@ -5,6 +5,17 @@ from torch import nn
 
 from pyro_bayes.noise.gaussian_tensor import RULES
 
+LONGEST = (
+    "test_notebooks_run",
+    "test_a_run_killed_at_any_moment_ends_where_it_would_have",
+    "test_torchrun",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the longest tests, so that no process waits for one in the end."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
