@@ -96,11 +96,6 @@ class NormalPrior(ParameterPrior):
         """The mean as it was given."""
         return self._center if self.mean is None else self.mean
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the mean is 0, and the variance a number."""
-        return self._number is not None and self.mean is None and self._center == 0
-
     def elements(self, like: Tensor, scale: Tensor | None = None) -> dist.TorchDistribution:
         center: Any = self.center
         mean = torch.as_tensor(center).to(like)

@@ -198,30 +198,39 @@ class Priors:
             posterior: The parameters of each dtype and device.
             num_samples: The number of draws where it is estimated.
         """
-        passes = []
-        for flat in posterior:
-            precision, mean = self.flat(flat)
-            passes.append(divergence(flat, precision, "divergences", prior_mean=mean))
-        numbers = self.of_sites(posterior, passes, num_samples)
-        for names, terms, sizes in self._other_terms(posterior, num_samples, of_scales=True):
-            for name, own in zip(names, terms.split(sizes), strict=True):
-                numbers[name] = numbers[name] + own.sum()
-        return numbers
+        return self._by_name(posterior, self.passes(posterior), num_samples, given_scales=False)
 
-    def of_sites(
-        self, posterior: Sequence[Flat], passes: Sequence[Tensor], num_samples: int = 1
-    ) -> dict[str, Tensor]:
+    def passes(self, posterior: Sequence[Flat]) -> list[Tensor]:
+        """Computes what one pass has of each parameter's divergence.
+
+        Arguments:
+            posterior: The parameters of each dtype and device.
+        """
+        flats = [(flat, *self.flat(flat)) for flat in posterior]
+        return [divergence(f, p, "divergences", prior_mean=mean) for f, p, mean in flats]
+
+    def of_sites(self, posterior: Sequence[Flat], passes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Computes the divergence of each parameter, without what random deviations add.
 
         Arguments:
             posterior: The parameters of each dtype and device.
             passes: What one pass has of the divergences of each.
-            num_samples: The number of draws where it is estimated.
         """
+        return self._by_name(posterior, passes, 1, given_scales=True)
+
+    def _by_name(
+        self,
+        posterior: Sequence[Flat],
+        passes: Sequence[Tensor],
+        num_samples: int,
+        *,
+        given_scales: bool,
+    ) -> dict[str, Tensor]:
         numbers: dict[str, Tensor] = {}
         for flat, each in zip(posterior, passes, strict=True):
             numbers.update(zip(flat.layout.names, each.unbind(), strict=True))
-        for names, terms, sizes in self._other_terms(posterior, num_samples, of_scales=False):
+        others = self._other_terms(posterior, num_samples, given_scales=given_scales)
+        for names, terms, sizes in others:
             for name, own in zip(names, terms.split(sizes), strict=True):
                 numbers[name] = numbers[name] + own.sum()
         return numbers
@@ -236,7 +245,7 @@ class Priors:
         return [terms.sum() for _, terms, _ in self._other_terms(posterior, num_samples)]
 
     def _other_terms(
-        self, posterior: Sequence[Flat], num_samples: int, of_scales: bool | None = None
+        self, posterior: Sequence[Flat], num_samples: int, *, given_scales: bool = False
     ) -> Iterator[tuple[list[str], Tensor, list[int]]]:
         """Returns names of parameters, terms of all of these, and how many each has.
 
@@ -245,8 +254,7 @@ class Priors:
         Arguments:
             posterior: The parameters of each dtype and device.
             num_samples: The number of draws where it is estimated.
-            of_scales: Whether to return those of priors with random deviations, or the others; by
-                default, both.
+            given_scales: Whether random deviations are given, so that priors with any are left out.
         """
         for layout, *flats in posterior if self._others else ():
             groups: dict[Any, list[str]] = {}
@@ -261,7 +269,7 @@ class Priors:
             for names in groups.values():
                 masks = [layout.masks.get(name) for name in names]
                 rule: Any = self.rules[names[0]]
-                if of_scales not in (None, isinstance(rule, HierarchicalPrior)):
+                if given_scales and isinstance(rule, HierarchicalPrior):
                     continue
                 if isinstance(rule, HierarchicalPrior):
                     terms, sizes = self._hierarchical(names, views, masks)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyro_bayes.base.torch_private import is_transformed
-from pyro_bayes.posterior.draws import divergence
 from pyro_bayes.posterior.layout import Flat
 from pyro_bayes.priors.priors import Priors
 from pyro_bayes.pyro_bridge.expectation import Expectation
@@ -54,9 +53,7 @@ class Joint:
         self._met.add(name)
         key = (id(priors), torch.is_grad_enabled())
         if key not in self._divergences:
-            flats = [(flat, *priors.flat(flat)) for flat in self._posterior]
-            passes = [divergence(f, p, "divergences", prior_mean=m) for f, p, m in flats]
-            self.note(priors, passes)
+            self.note(priors, priors.passes(self._posterior))
         return self._divergences[key][name]
 
     def note(self, priors: Priors, passes: Sequence[Tensor]) -> None:
