@@ -267,7 +267,12 @@ class HierarchicalPrior(ParameterPrior):
 
 
 def _dims(each: Any, count: int) -> tuple[int, ...]:
-    if each in ("tensor", "element"):
+    if isinstance(each, str):
+        if each not in ("tensor", "element"):
+            raise ValueError(
+                "Expected each to be 'tensor', 'element', a dimension or a tuple of dimensions; got"
+                f" {each!r}."
+            )
         return tuple(range(count)) if each == "element" else ()
     return Empirical(each).dims
 

@@ -568,6 +568,7 @@ ERRORS = {
     ),
     "names": (dict(prior=priors.Gaussian(mean={"a": torch.zeros(5)})), ValueError, "none for 'b'"),
     "each": (dict(prior=priors.Hierarchical(each=1)), ValueError, "each=1 for 'a'"),
+    "each word": (lambda: priors.Horseshoe(each="row"), ValueError, "'tensor', 'element', a dim"),
     "hyperprior": (
         lambda: priors.Hierarchical(dist.Normal(0.0, 1.0)),
         ValueError,
